@@ -1,0 +1,133 @@
+//! A whole cluster on this machine: coordinator and gateway in this process, each worker a process of its own.
+//!
+//! A worker's standard input is a pipe from here. However this process ends, the pipe closes and the worker leaves,
+//! so none is left over.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use auth::Secret;
+use clap::Args;
+use coordinator::{CoordinatorConfig, ModelInfo};
+use engine::rank_ranges;
+use futures_util::future::select_all;
+use kernels::Cpu;
+use model::ModelSource;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::args::ModelArgs;
+use crate::secret::SECRET_VARIABLE;
+use crate::service::{self, Service};
+
+/// How long answers that still run may take once this process is to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long a worker may take to leave before it is killed.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// The cluster's shape.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EmbeddedArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) workers: usize,
+}
+
+/// A running cluster.
+pub(crate) struct Embedded {
+    service: Service,
+    workers: Vec<Child>,
+}
+
+impl Embedded {
+    /// Checks all that can be checked, opens the ports and starts the workers.
+    pub(crate) async fn start(args: &EmbeddedArgs, grpc: SocketAddr) -> Result<Self> {
+        let dir = args.model.dir()?;
+        // A worker would say the same, but later and from another process.
+        let report = ModelSource::open(&dir, args.model.options(false))?.report(&Cpu::new(1)?);
+        rank_ranges(report.units as usize, args.workers).context("--workers")?;
+        let tokenizer = service::tokenizer(&dir)?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check(report.vocabulary).with_context(|| dir.display().to_string())?;
+        }
+
+        let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+        let config = CoordinatorConfig::new(args.workers, Secret::new(&secret)?);
+        let grpc = service::listen("--grpc", grpc).await?;
+        let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
+        let service = Service::start(config, grpc, cluster, tokenizer)?;
+        let workers = (0..args.workers)
+            .map(|rank| spawn_worker(args, service.cluster, &secret, rank == 0))
+            .collect::<Result<_>>()?;
+        Ok(Self { service, workers })
+    }
+
+    /// Where clients connect.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.service.grpc
+    }
+
+    /// Waits until the cluster serves, or cannot.
+    pub(crate) async fn ready(&mut self) -> Result<ModelInfo> {
+        tokio::select! {
+            ready = self.service.ready() => ready,
+            error = lost_worker(&mut self.workers) => Err(error),
+        }
+    }
+
+    /// Does `work` as long as all workers are there.
+    pub(crate) async fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            result = work => result,
+            error = lost_worker(&mut self.workers) => Err(error),
+        }
+    }
+
+    /// Lets running answers end, then ends the workers; none is left when this returns.
+    pub(crate) async fn stop(self) -> Result<()> {
+        let stopped = timeout(DRAIN_LIMIT, self.service.stop()).await;
+        for mut worker in self.workers {
+            drop(worker.stdin.take());
+            if timeout(LEAVE_LIMIT, worker.wait()).await.is_err() {
+                worker.kill().await.context("cannot end a worker")?;
+            }
+        }
+        // Answers that took longer were cut off with the workers.
+        stopped.unwrap_or(Ok(()))
+    }
+}
+
+fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Child> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(&program);
+    command.args(["worker", "--leave-with-stdin", "--coordinator", &coordinator.to_string()]);
+    command.args(["--listen", "127.0.0.1:0", "--host", "127.0.0.1"]);
+    if progress {
+        command.arg("--progress");
+    }
+    command.args(args.model.command_line(args.workers)?).env(SECRET_VARIABLE, secret);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
+    command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))
+}
+
+/// Ends when a worker does, which none should.
+async fn lost_worker(workers: &mut [Child]) -> anyhow::Error {
+    let ends = workers.iter_mut().enumerate().map(|(rank, worker)| Box::pin(async move { (rank, worker.wait().await) }));
+    let ((rank, status), ..) = select_all(ends).await;
+    match worker_error(rank, status) {
+        Ok(()) => anyhow::anyhow!("worker {rank} has left"),
+        Err(error) => error,
+    }
+}
+
+fn worker_error(rank: usize, status: std::io::Result<ExitStatus>) -> Result<()> {
+    let status = status.with_context(|| format!("cannot watch worker {rank}"))?;
+    if !status.success() {
+        bail!("worker {rank} ended ({status}); a message of its own, if any, is above");
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! The one binary: arguments, wiring, and what people see.
+
+mod args;
+mod bench;
+mod chat;
+mod checkpoint;
+mod embedded;
+mod generate;
+mod sampling;
+mod secret;
+mod serve;
+mod service;
+mod signals;
+mod target;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Serves Yi models on a cluster whose workers step together.
+///
+/// `phalanx generate --prompt "In the beginning"` tries it on this machine; `phalanx serve` keeps it running; `phalanx
+/// coordinator` and `phalanx worker` are the same parts on several machines. RUST_LOG=info tells more.
+#[derive(Debug, Parser)]
+#[command(name = "phalanx", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Continue a prompt
+    Generate(generate::GenerateArgs),
+    /// Talk with a chat model
+    Chat(chat::ChatArgs),
+    /// Serve a model with a whole cluster on this machine
+    Serve(serve::ServeArgs),
+    /// Run a cluster's coordinator, with the public gRPC service
+    Coordinator(serve::CoordinatorArgs),
+    /// Run one worker of a cluster
+    Worker(serve::WorkerArgs),
+    /// Look at checkpoints, rename their tensors, make random ones
+    #[command(subcommand)]
+    Checkpoint(checkpoint::CheckpointCommand),
+    /// Measure the engine on this machine
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+impl Command {
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Generate(args) => on_runtime(args.run()),
+            Self::Chat(args) => on_runtime(args.run()),
+            Self::Serve(args) => on_runtime(args.run()),
+            Self::Coordinator(args) => on_runtime(args.run()),
+            Self::Worker(args) => on_runtime(args.run()),
+            Self::Checkpoint(command) => command.run(),
+            Self::Bench(command) => command.run(),
+        }
+    }
+}
+
+/// Runs the program; what goes wrong is told on the standard error and in the exit code.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match arguments.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn on_runtime(work: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
+    let result = runtime.block_on(work);
+    // A thread that still reads the terminal must not hold up the end.
+    runtime.shutdown_background();
+    result
+}

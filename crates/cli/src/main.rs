@@ -1,0 +1,5 @@
+//! The binary `phalanx`.
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,46 @@
+//! Who answers: a server that runs already, or a cluster of this command's own.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+use clap::Args;
+use client::Client;
+
+use crate::embedded::{Embedded, EmbeddedArgs};
+use crate::signals;
+
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// A running server's address; without it a cluster of this command's own starts on this machine and ends with it
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "workers", "dtype", "kv_dtype", "max_context", "kv_memory", "threads"])]
+    server: Option<String>,
+    #[command(flatten)]
+    cluster: EmbeddedArgs,
+}
+
+impl TargetArgs {
+    /// Does `work` with a client; Ctrl-C ends it early, and a cluster of this command's own is gone afterwards either way.
+    pub(crate) async fn with_client(self, work: impl AsyncFnOnce(Client) -> Result<()>) -> Result<()> {
+        if let Some(address) = self.server {
+            let client = Client::connect(&address).await?;
+            return tokio::select! {
+                biased;
+                () = signals::shutdown() => Ok(()),
+                result = work(client) => result,
+            };
+        }
+        let mut cluster = Embedded::start(&self.cluster, (Ipv4Addr::LOCALHOST, 0).into()).await?;
+        let address = cluster.address().to_string();
+        let result = tokio::select! {
+            biased;
+            () = signals::shutdown() => Ok(()),
+            result = async {
+                cluster.ready().await?;
+                let client = Client::connect(&address).await?;
+                cluster.run(work(client)).await
+            } => result,
+        };
+        cluster.stop().await?;
+        result
+    }
+}

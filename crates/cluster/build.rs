@@ -1,0 +1,17 @@
+//! Compiles the protobuf files without a system `protoc`, and keeps their descriptors for reflection.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use prost::Message;
+
+const PROTO: &str = "../../proto";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={PROTO}");
+    let descriptors = protox::compile(["phalanx/v1/cluster.proto", "phalanx/v1/generation.proto"], [PROTO])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("phalanx.v1.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! Ranks as processes, connected by TCP: one connection between any two.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::collective::{AbortHandle, Error, Result};
+use crate::form::{GroupSpec, Listener, form};
+use crate::frame::{Incoming, Outgoing};
+use crate::patience::{Patience, SLEEP};
+use crate::transport::Transport;
+
+/// One rank of a group of processes.
+#[derive(Debug)]
+pub struct TcpTransport {
+    rank: usize,
+    /// By rank, non-blocking; none for this one.
+    streams: Vec<Option<TcpStream>>,
+    calls: u64,
+    abort: AbortHandle,
+}
+
+impl TcpTransport {
+    /// Connects with all other ranks of `spec`, each of which must call this within `limit`. Blocks; `abort` frees it,
+    /// and later every `exchange`.
+    ///
+    /// Fails with [`Error::Refused`] as soon as a rank below turns out not to be of this group, or the other way
+    /// round, and with [`Error::Lost`] when a rank is still missing after `limit`. Peers in an older epoch are
+    /// waited for.
+    pub fn form(listener: &Listener, spec: &GroupSpec, abort: AbortHandle, limit: Duration) -> Result<Self> {
+        let streams = form(listener, spec, &abort, limit)?;
+        Ok(Self { rank: spec.rank, streams, calls: 0, abort })
+    }
+
+    fn stream(&self, rank: usize) -> Result<&TcpStream> {
+        self.streams.get(rank).and_then(Option::as_ref).ok_or_else(|| Error::Shape {
+            op: "exchange",
+            detail: format!("rank {} has no connection to rank {rank}", self.rank),
+        })
+    }
+
+    /// Sleeps until an unfinished message can move, or for [`SLEEP`].
+    fn sleep(&self, outgoing: &[Outgoing<'_>], incoming: &[Incoming<'_>]) -> Result<()> {
+        let mut waits = Vec::with_capacity(outgoing.len() + incoming.len());
+        for message in outgoing.iter().filter(|message| !message.done()) {
+            waits.push(PollFd::new(self.stream(message.rank)?, PollFlags::OUT));
+        }
+        for message in incoming.iter().filter(|message| !message.done()) {
+            waits.push(PollFd::new(self.stream(message.rank)?, PollFlags::IN));
+        }
+        let limit = Timespec { tv_sec: 0, tv_nsec: SLEEP.subsec_nanos().into() };
+        // A poll that fails is only an early look at the streams, which tell what is wrong.
+        let _ = poll(&mut waits, Some(&limit));
+        Ok(())
+    }
+}
+
+impl Transport for TcpTransport {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.streams.len()
+    }
+
+    fn exchange(&mut self, outgoing: &[(usize, &[u8])], incoming: &mut [(usize, &mut [u8])]) -> Result<()> {
+        let call = self.calls;
+        self.calls += 1;
+        let mut outgoing: Vec<_> =
+            outgoing.iter().map(|(to, bytes)| Outgoing::new(*to, call, bytes)).collect();
+        let mut incoming: Vec<_> =
+            incoming.iter_mut().map(|(from, buffer)| Incoming::new(*from, call, buffer)).collect();
+        let mut patience = Patience::default();
+        loop {
+            if self.abort.is_aborted() {
+                return Err(Error::Aborted);
+            }
+            let mut moved = false;
+            for message in outgoing.iter_mut().filter(|message| !message.done()) {
+                moved |= message.advance(self.stream(message.rank)?)?;
+            }
+            for message in incoming.iter_mut().filter(|message| !message.done()) {
+                moved |= message.advance(self.stream(message.rank)?)?;
+            }
+            if outgoing.iter().all(Outgoing::done) && incoming.iter().all(Incoming::done) {
+                return Ok(());
+            }
+            if moved {
+                patience.renew();
+            } else if patience.is_awake() {
+                std::thread::yield_now();
+            } else {
+                self.sleep(&outgoing, &incoming)?;
+            }
+        }
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.abort.clone()
+    }
+}

@@ -1,0 +1,8 @@
+//! Collectives over every kind of transport, and the forming of groups over TCP.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+#![allow(clippy::single_range_in_vec_init, reason = "one rank has one range of units")]
+
+mod collectives;
+mod forming;
+mod groups;

@@ -1,0 +1,69 @@
+//! The seam between gateway and coordinator.
+
+use engine::{FinishReason, Request, Usage};
+use tokio::sync::mpsc;
+
+/// What is being served, as the workers reported it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Name for people (the checkpoint's folder).
+    pub name: String,
+    /// Ids are below this.
+    pub vocabulary: u32,
+    /// Tokens that prompt and answer may have together.
+    pub max_context: u32,
+    /// Ids that end a sequence.
+    pub eos: Vec<u32>,
+    /// Tensor ranks of the group.
+    pub ranks: u32,
+    /// Model, data types, instruction path: what the bits depend on.
+    pub fingerprint: String,
+}
+
+/// Why a request is not served.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The request itself is at fault; the text says what to change.
+    #[error("{0}")]
+    Invalid(String),
+    /// No group stands at the moment; trying again may help.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// What a submitted request gets to see; the channel ends after `Finished` or `Failed`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum EngineEvent {
+    /// A generated token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Natural logarithm of its probability.
+        logprob: f32,
+    },
+    /// The end.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Token counts.
+        usage: Usage,
+    },
+    /// The group was lost and the request with it.
+    Failed(EngineError),
+}
+
+/// A running request. Dropping it cancels the request, which frees its blocks at the next step.
+#[derive(Debug)]
+pub struct Submission {
+    /// Its events, in order.
+    pub events: mpsc::UnboundedReceiver<EngineEvent>,
+}
+
+/// Whatever generates tokens for the gateway: the coordinator of this process, or a remote one.
+#[tonic::async_trait]
+pub trait Engine: Send + Sync + 'static {
+    /// The model, once a group has formed; until then why not.
+    fn model(&self) -> Result<ModelInfo, EngineError>;
+    /// Starts a request.
+    async fn submit(&self, request: Request) -> Result<Submission, EngineError>;
+}

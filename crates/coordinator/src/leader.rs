@@ -1,0 +1,357 @@
+//! The one task that owns the scheduler and the group.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use cluster::convert::MAX_SLICES;
+use cluster::proto::coordinator_message::Message;
+use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
+use cluster::{ModelReport, Session, WorkerId, encode_plan};
+use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::Status;
+use tracing::{Span, debug, debug_span, info, warn};
+
+use crate::api::{EngineError, ModelInfo, Submission};
+use crate::config::CoordinatorConfig;
+use crate::group::{Effect, Group, Standing, State};
+use crate::handle::CoordinatorHandle;
+use crate::requests::Requests;
+use crate::service::ClusterService;
+
+/// Commands that wait for the leader; more hold up whoever sends them.
+const COMMANDS: usize = 256;
+/// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
+pub(crate) const PLANS_BUFFERED: usize = 4;
+
+/// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
+pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
+/// What a Steps stream carries down.
+pub(crate) type PlanSender = mpsc::Sender<Result<StepFrame, Status>>;
+
+/// What the leader is asked or told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// From a handle: start a request.
+    Submit { request: Request, reply: oneshot::Sender<Result<Submission, EngineError>> },
+    /// A worker has proven that it knows the secret.
+    Join {
+        address: String,
+        report: ModelReport,
+        session: Session,
+        down: JoinSender,
+        reply: oneshot::Sender<Result<WorkerId, Status>>,
+    },
+    /// It has loaded its share.
+    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32 },
+    /// It could not load, or not run a step.
+    Failed { worker: WorkerId, epoch: Epoch, reason: String },
+    /// Its Join stream has ended.
+    Left { worker: WorkerId, reason: String },
+    /// It opens a Steps stream.
+    Attach {
+        worker: WorkerId,
+        epoch: Epoch,
+        proof: Bytes,
+        plans: PlanSender,
+        reply: oneshot::Sender<Result<(), Status>>,
+    },
+    /// It answers a plan.
+    Output { worker: WorkerId, epoch: Epoch, output: StepOutput },
+}
+
+/// Makes coordinators.
+#[derive(Debug)]
+pub struct Coordinator;
+
+impl Coordinator {
+    /// Starts the leader on the current runtime. The handle is for the gateway, the service for workers; the leader ends when
+    /// all of both are dropped.
+    pub fn start(config: CoordinatorConfig) -> (CoordinatorHandle, ClusterService) {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        let group = Group::new(config.width, incarnation());
+        let (state_sender, state) = watch::channel(State::Waiting { joined: 0, wanted: config.width });
+        let model = Arc::new(OnceLock::new());
+        let service = ClusterService::new(&config, commands.clone());
+        let leader = Leader {
+            config,
+            group,
+            workers: BTreeMap::new(),
+            scheduler: None,
+            requests: Requests::default(),
+            step: None,
+            state: state_sender,
+            model: model.clone(),
+        };
+        tokio::spawn(leader.run(inbox));
+        (CoordinatorHandle { commands, state, model }, service)
+    }
+}
+
+/// Without an election, the time of the start tells one coordinator's epochs from its predecessor's.
+fn incarnation() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+struct Leader {
+    config: CoordinatorConfig,
+    group: Group,
+    workers: BTreeMap<WorkerId, Connection>,
+    /// There is one from the first group on; it outlives every group.
+    scheduler: Option<Scheduler>,
+    requests: Requests,
+    /// The step in flight.
+    step: Option<Step>,
+    state: watch::Sender<State>,
+    model: Arc<OnceLock<ModelInfo>>,
+}
+
+/// A step whose output is awaited.
+struct Step {
+    id: StepId,
+    span: Span,
+    planned: Instant,
+}
+
+/// A worker's streams.
+struct Connection {
+    session: Session,
+    join: JoinSender,
+    plans: Option<PlanSender>,
+}
+
+impl Leader {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        while let Some(command) = inbox.recv().await {
+            self.handle(command);
+            // Whatever has arrived meanwhile takes part in the next step.
+            while let Ok(command) = inbox.try_recv() {
+                self.handle(command);
+            }
+            self.plan_step();
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit { request, reply } => {
+                // Whoever asked may be gone: then its events have no receiver, which cancels it.
+                let _ = reply.send(self.submit(request));
+            }
+            Command::Join { address, report, session, down, reply } => {
+                let _ = reply.send(self.join(address, report, session, down));
+                let effects = self.group.muster();
+                self.perform(effects);
+            }
+            Command::Ready { worker, epoch, kv_blocks } => {
+                let effects = self.group.ready(worker, epoch, kv_blocks);
+                self.perform(effects);
+            }
+            Command::Failed { worker, epoch, reason } => self.fail(worker, epoch, &reason),
+            Command::Left { worker, reason } => {
+                if self.workers.remove(&worker).is_some() {
+                    warn!(%worker, reason, "a worker left");
+                }
+                let effects = self.group.leave(worker);
+                self.perform(effects);
+            }
+            Command::Attach { worker, epoch, proof, plans, reply } => {
+                let _ = reply.send(self.attach(worker, epoch, &proof, plans));
+                let effects = self.group.serve();
+                self.perform(effects);
+            }
+            Command::Output { worker, epoch, output } => self.apply(worker, epoch, &output),
+        }
+    }
+
+    fn submit(&mut self, request: Request) -> Result<Submission, EngineError> {
+        let Some(scheduler) = &mut self.scheduler else {
+            return Err(EngineError::Unavailable(self.state.borrow().to_string()));
+        };
+        let waiting = scheduler.load().waiting;
+        if waiting >= self.config.max_waiting {
+            return Err(EngineError::Unavailable(format!(
+                "the queue is full ({waiting} requests wait): try again later"
+            )));
+        }
+        let prompt_tokens = request.prompt.len();
+        let seq = scheduler.submit(request).map_err(|error| EngineError::Invalid(error.to_string()))?;
+        Ok(Submission { events: self.requests.open(seq, prompt_tokens) })
+    }
+
+    fn join(
+        &mut self,
+        address: String,
+        report: ModelReport,
+        session: Session,
+        down: JoinSender,
+    ) -> Result<WorkerId, Status> {
+        // Two cannot listen at one address: the one that was there has come back on a new connection.
+        if let Some(before) = self.group.at(&address) {
+            self.dismiss(before, Status::already_exists(format!("another worker joined at {address}")));
+            let effects = self.group.leave(before);
+            self.perform(effects);
+        }
+        let id = self.group.join(address.clone(), report).map_err(|reason| {
+            warn!(reason, "refused a worker");
+            Status::failed_precondition(reason)
+        })?;
+        info!(worker = %id, address, "a worker joined");
+        let welcome = Message::Welcome(Welcome { worker_id: id.0 });
+        let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
+        self.workers.insert(id, Connection { session, join: down, plans: None });
+        Ok(id)
+    }
+
+    fn attach(
+        &mut self,
+        worker: WorkerId,
+        epoch: Epoch,
+        proof: &[u8],
+        plans: PlanSender,
+    ) -> Result<(), Status> {
+        let connection = self.workers.get_mut(&worker);
+        let proven = connection.filter(|connection| connection.session.verify_attach(worker, epoch, proof));
+        let Some(connection) = proven else {
+            return Err(Status::unauthenticated(format!("not worker {worker} of epoch {epoch}")));
+        };
+        if !self.group.attach(worker, epoch) {
+            return Err(Status::failed_precondition(format!("epoch {epoch} is not loading")));
+        }
+        connection.plans = Some(plans);
+        Ok(())
+    }
+
+    fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str) {
+        let effects = self.group.fail(worker, epoch, reason);
+        if effects.is_empty() {
+            return debug!(%worker, %epoch, reason, "a failure after the epoch was over");
+        }
+        warn!(%worker, %epoch, reason, "a worker failed");
+        self.perform(effects);
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Assign(worker, assignment) => {
+                    info!(%worker, epoch = %assignment.epoch, rank = assignment.rank, "assigned");
+                    self.tell(worker, Message::Assignment(assignment.into()));
+                }
+                Effect::Abandon(worker, epoch) => {
+                    info!(%worker, %epoch, "abandoned");
+                    if let Some(connection) = self.workers.get_mut(&worker) {
+                        connection.plans = None;
+                    }
+                    self.tell(worker, Message::Abandon(epoch.into()));
+                }
+                Effect::Dismiss(worker, reason) => self.dismiss(worker, Status::aborted(reason)),
+                Effect::Serve(standing) => self.serve(standing),
+            }
+        }
+        if let Some(state) = self.group.state() {
+            self.step = None;
+            self.set_state(state);
+        }
+    }
+
+    fn serve(&mut self, standing: Standing) {
+        let Standing { epoch, report, kv_blocks } = standing;
+        let max_context =
+            self.config.max_context.map_or(report.max_context, |limit| limit.min(report.max_context));
+        let limits = SchedulerConfig {
+            blocks: kv_blocks,
+            block_size: report.block_size,
+            max_context,
+            vocabulary: report.vocabulary,
+            max_batch_tokens: self.config.max_batch_tokens.max(1),
+            max_sequences: self.config.max_sequences.clamp(1, MAX_SLICES as u32),
+        };
+        info!(%epoch, kv_blocks, ranks = self.config.width, "serving");
+        match &mut self.scheduler {
+            None => self.scheduler = Some(Scheduler::new(limits, epoch)),
+            Some(scheduler) => {
+                scheduler.restart(limits, epoch);
+                for (seq, error) in scheduler.evict_unfit() {
+                    self.requests.fail(seq, EngineError::Invalid(error.to_string()));
+                }
+            }
+        }
+        let model = self.model.get_or_init(|| ModelInfo {
+            name: report.name,
+            vocabulary: report.vocabulary,
+            max_context,
+            eos: report.eos,
+            ranks: self.config.width as u32,
+            fingerprint: report.fingerprint,
+        });
+        self.set_state(State::Serving(model.clone()));
+    }
+
+    fn apply(&mut self, worker: WorkerId, epoch: Epoch, output: &StepOutput) {
+        let Some((serving, sampler)) = self.group.sampler() else { return };
+        if epoch != serving || output.epoch != serving {
+            return debug!(%worker, %epoch, "dropped an output of another epoch");
+        }
+        if worker != sampler {
+            return self.fail(worker, epoch, "sent an output, but another rank samples");
+        }
+        let Some(scheduler) = &mut self.scheduler else { return };
+        match scheduler.apply(output) {
+            Ok(events) => {
+                if let Some(Step { span, planned, .. }) = self.step.take_if(|step| step.id == output.step) {
+                    span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
+                }
+                events.into_iter().for_each(|event| self.requests.deliver(event));
+            }
+            Err(error) => self.fail(worker, epoch, &error.to_string()),
+        }
+    }
+
+    /// Plans the next step if the group stands and none is in flight, and sends it to every rank.
+    fn plan_step(&mut self) {
+        let Some(scheduler) = &mut self.scheduler else { return };
+        self.requests.hung_up().into_iter().for_each(|seq| scheduler.cancel(seq));
+        if self.group.sampler().is_none() {
+            return;
+        }
+        let Some(plan) = scheduler.plan() else { return };
+        let (epoch, step) = (plan.epoch, plan.step);
+        let span = debug_span!("step", %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
+        let frame = StepFrame { plan: encode_plan(&plan) };
+        self.step = Some(Step { id: step, span, planned: Instant::now() });
+        let stuck = self.workers.iter().find_map(|(worker, connection)| {
+            let plans = connection.plans.as_ref()?;
+            plans.try_send(Ok(frame.clone())).is_err().then_some(*worker)
+        });
+        if let Some(worker) = stuck {
+            self.fail(worker, epoch, "does not take plans");
+        }
+    }
+
+    fn tell(&self, worker: WorkerId, message: Message) {
+        if let Some(connection) = self.workers.get(&worker) {
+            // If the stream has ended, `Left` is on its way.
+            let _ = connection.join.send(Ok(CoordinatorMessage { message: Some(message) }));
+        }
+    }
+
+    fn dismiss(&mut self, worker: WorkerId, status: Status) {
+        if let Some(connection) = self.workers.remove(&worker) {
+            let _ = connection.join.send(Err(status));
+        }
+    }
+
+    fn set_state(&self, state: State) {
+        self.state.send_if_modified(|current| {
+            let changed = *current != state;
+            if changed {
+                info!(%state, "the group");
+                *current = state;
+            }
+            changed
+        });
+    }
+}

@@ -1,0 +1,19 @@
+//! The step loop: plans every step of a group, applies its outputs, and keeps every request.
+//!
+//! [`Engine`] is the seam to the gateway: token ids in, events out. Behind it one task, the leader, owns the scheduler and
+//! the group, so that nothing here is locked: RPC streams and handles send it commands, and it answers on channels.
+
+pub mod api;
+mod config;
+mod group;
+mod handle;
+mod leader;
+mod requests;
+mod service;
+
+pub use api::{Engine, EngineError, EngineEvent, ModelInfo, Submission};
+pub use config::CoordinatorConfig;
+pub use group::State;
+pub use handle::CoordinatorHandle;
+pub use leader::Coordinator;
+pub use service::ClusterService;

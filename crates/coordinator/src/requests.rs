@@ -1,0 +1,68 @@
+//! The channel of every request.
+
+use std::collections::HashMap;
+
+use engine::{Event, SeqId};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tracing::{Span, info, info_span};
+
+use crate::api::{EngineError, EngineEvent};
+
+/// All requests that have not ended. Their channels are unbounded, but none holds more than `max_tokens` tokens and
+/// the end, so a client that does not read costs a bounded amount of memory and never holds up a step.
+#[derive(Debug, Default)]
+pub(crate) struct Requests {
+    open: HashMap<SeqId, Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    events: UnboundedSender<EngineEvent>,
+    span: Span,
+}
+
+impl Requests {
+    /// Opens the channel of a request.
+    pub(crate) fn open(&mut self, seq: SeqId, prompt_tokens: usize) -> UnboundedReceiver<EngineEvent> {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let span = info_span!("request", %seq, prompt_tokens);
+        self.open.insert(seq, Open { events, span });
+        receiver
+    }
+
+    /// Tells a request what happened to it. That nobody listens any more is seen by `hung_up`.
+    pub(crate) fn deliver(&mut self, event: Event) {
+        match event {
+            Event::Token { seq, id, logprob } => {
+                if let Some(request) = self.open.get(&seq) {
+                    let _ = request.events.send(EngineEvent::Token { id, logprob });
+                }
+            }
+            Event::Finished { seq, reason, usage } => {
+                if let Some(request) = self.open.remove(&seq) {
+                    let _ = request.events.send(EngineEvent::Finished { reason, usage });
+                    request.span.in_scope(|| info!(?reason, tokens = usage.completion_tokens, "finished"));
+                }
+            }
+        }
+    }
+
+    /// Ends a request that cannot go on.
+    pub(crate) fn fail(&mut self, seq: SeqId, error: EngineError) {
+        if let Some(request) = self.open.remove(&seq) {
+            request.span.in_scope(|| info!(%error, "failed"));
+            let _ = request.events.send(EngineEvent::Failed(error));
+        }
+    }
+
+    /// Forgets the requests whose receiver was dropped, and returns them.
+    pub(crate) fn hung_up(&mut self) -> Vec<SeqId> {
+        self.open
+            .extract_if(|_, request| request.events.is_closed())
+            .map(|(seq, request)| {
+                request.span.in_scope(|| info!("cancelled"));
+                seq
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,223 @@
+//! The internal gRPC service: parses what workers send, proves who they are, and passes it on to the leader.
+
+use std::time::Duration;
+
+use auth::{Nonce, Secret};
+use cluster::convert::{self, Malformed};
+use cluster::proof::nonce;
+use cluster::proto::cluster_server::{Cluster, ClusterServer};
+use cluster::proto::worker_message::Message as Up;
+use cluster::proto::{
+    Challenge, CoordinatorMessage, Hello, StepFrame, StepReply, WorkerMessage, coordinator_message,
+    step_reply,
+};
+use cluster::{ModelReport, PROTOCOL, Session, WORKER_MESSAGE_LIMIT, WorkerId};
+use engine::{Epoch, StepOutput};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::warn;
+
+use crate::config::CoordinatorConfig;
+use crate::leader::{Command, JoinSender, PLANS_BUFFERED};
+
+/// A stranger may not keep a stream open for longer without proving itself.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The service for workers; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ClusterService {
+    commands: mpsc::Sender<Command>,
+    secret: Secret,
+    heartbeat_timeout: Duration,
+}
+
+impl ClusterService {
+    pub(crate) fn new(config: &CoordinatorConfig, commands: mpsc::Sender<Command>) -> Self {
+        Self { commands, secret: config.secret.clone(), heartbeat_timeout: config.heartbeat_timeout }
+    }
+
+    /// The service as tonic's server takes it.
+    pub fn into_server(self) -> ClusterServer<Self> {
+        ClusterServer::new(self).max_decoding_message_size(WORKER_MESSAGE_LIMIT)
+    }
+
+    /// A Join stream from its first message to its end.
+    async fn serve_worker(self, mut up: Streaming<WorkerMessage>, down: JoinSender) {
+        let welcomed = match timeout(HANDSHAKE_TIMEOUT, self.welcome(&mut up, &down)).await {
+            Ok(welcomed) => welcomed,
+            Err(_) => Err(Status::deadline_exceeded("the handshake took too long")),
+        };
+        let worker = match welcomed {
+            Ok(worker) => worker,
+            Err(status) => {
+                warn!(reason = status.message(), "refused a worker");
+                let _ = down.send(Err(status));
+                return;
+            }
+        };
+        let reason = self.listen(worker, &mut up).await;
+        // The leader outlives every stream, unless all is ending.
+        let _ = self.commands.send(Command::Left { worker, reason: reason.clone() }).await;
+        let _ = down.send(Err(Status::aborted(reason)));
+    }
+
+    /// Both sides prove that they know the secret; then the leader takes the worker in.
+    async fn welcome(
+        &self,
+        up: &mut Streaming<WorkerMessage>,
+        down: &JoinSender,
+    ) -> Result<WorkerId, Status> {
+        let Up::Hello(hello) = receive(up).await? else { return Err(unexpected("hello")) };
+        let Hello { protocol, nonce: theirs, collective_address, host, model } = hello;
+        if protocol != PROTOCOL {
+            return Err(Status::failed_precondition(format!(
+                "the coordinator speaks protocol {PROTOCOL}, the worker protocol {protocol}: run the same version on both"
+            )));
+        }
+        let theirs = nonce("hello.nonce", &theirs).map_err(invalid)?;
+        let address = convert::text("hello.collective_address", collective_address).map_err(invalid)?;
+        let host = convert::text("hello.host", host).map_err(invalid)?;
+        let model =
+            convert::present("hello.model", model).and_then(ModelReport::try_from).map_err(invalid)?;
+
+        let ours = Nonce::random();
+        let session = Session::new(self.secret.clone(), theirs, ours);
+        let challenge = Challenge { nonce: ours.0.to_vec().into(), proof: session.coordinator_proof() };
+        let message = Some(coordinator_message::Message::Challenge(challenge));
+        let _ = down.send(Ok(CoordinatorMessage { message }));
+        let Up::Proof(proof) = receive(up).await? else { return Err(unexpected("proof")) };
+        if !session.verify_worker(&proof) {
+            return Err(Status::unauthenticated(format!(
+                "the worker on {host} does not know the cluster's secret"
+            )));
+        }
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Join { address, report: model, session, down: down.clone(), reply }).await?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// Passes on what a worker sends until it falls silent; returns how that showed.
+    async fn listen(&self, worker: WorkerId, up: &mut Streaming<WorkerMessage>) -> String {
+        loop {
+            let message = match timeout(self.heartbeat_timeout, receive(up)).await {
+                Ok(Ok(message)) => message,
+                Ok(Err(status)) => return status.message().to_owned(),
+                Err(_) => return format!("no heartbeat for {:?}", self.heartbeat_timeout),
+            };
+            let command = match command(worker, message) {
+                Ok(Some(command)) => command,
+                Ok(None) => continue,
+                Err(malformed) => return malformed.to_string(),
+            };
+            if self.commands.send(command).await.is_err() {
+                return stopped().message().to_owned();
+            }
+        }
+    }
+
+    /// Passes on the outputs of one epoch until the stream ends.
+    async fn collect(self, worker: WorkerId, epoch: Epoch, mut up: Streaming<StepReply>) {
+        let reason = loop {
+            let output = match up.message().await {
+                Ok(Some(StepReply { message: Some(step_reply::Message::Output(output)) })) => output,
+                Ok(Some(_)) => break unexpected("output").message().to_owned(),
+                Ok(None) => break "it closed its Steps stream".to_owned(),
+                Err(status) => break status.message().to_owned(),
+            };
+            let command = match StepOutput::try_from(output) {
+                Ok(output) => Command::Output { worker, epoch, output },
+                Err(malformed) => break malformed.to_string(),
+            };
+            if self.commands.send(command).await.is_err() {
+                return;
+            }
+        };
+        // Of no consequence if the epoch is over.
+        let _ = self.commands.send(Command::Failed { worker, epoch, reason }).await;
+    }
+
+    async fn send(&self, command: Command) -> Result<(), Status> {
+        self.commands.send(command).await.map_err(|_| stopped())
+    }
+}
+
+#[tonic::async_trait]
+impl Cluster for ClusterService {
+    type JoinStream = UnboundedReceiverStream<Result<CoordinatorMessage, Status>>;
+    type StepsStream = ReceiverStream<Result<StepFrame, Status>>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let (down, messages) = mpsc::unbounded_channel();
+        tokio::spawn(self.clone().serve_worker(request.into_inner(), down));
+        Ok(Response::new(UnboundedReceiverStream::new(messages)))
+    }
+
+    async fn steps(
+        &self,
+        request: Request<Streaming<StepReply>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        let mut up = request.into_inner();
+        let first = timeout(HANDSHAKE_TIMEOUT, up.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("nothing attached in time"))??;
+        let Some(StepReply { message: Some(step_reply::Message::Attach(attach)) }) = first else {
+            return Err(unexpected("attach"));
+        };
+        let worker = WorkerId(attach.worker_id);
+        let epoch = convert::epoch("attach.epoch", attach.epoch).map_err(invalid)?;
+        let (plans, frames) = mpsc::channel(PLANS_BUFFERED);
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Attach { worker, epoch, proof: attach.proof, plans, reply }).await?;
+        answer.await.map_err(|_| stopped())??;
+        tokio::spawn(self.clone().collect(worker, epoch, up));
+        Ok(Response::new(ReceiverStream::new(frames)))
+    }
+}
+
+/// The next message of a worker; its end is an error.
+async fn receive(up: &mut Streaming<WorkerMessage>) -> Result<Up, Status> {
+    match up.message().await? {
+        Some(WorkerMessage { message: Some(message) }) => Ok(message),
+        Some(WorkerMessage { message: None }) => {
+            Err(Status::invalid_argument("malformed message: it is empty"))
+        }
+        None => Err(Status::cancelled("it closed its Join stream")),
+    }
+}
+
+/// What a welcome worker's message means for the leader.
+fn command(worker: WorkerId, message: Up) -> Result<Option<Command>, Malformed> {
+    match message {
+        Up::Heartbeat(_) => Ok(None),
+        Up::Ready(ready) => {
+            let epoch = convert::epoch("ready.epoch", ready.epoch)?;
+            Ok(Some(Command::Ready { worker, epoch, kv_blocks: ready.kv_blocks }))
+        }
+        Up::Failed(failed) => {
+            let epoch = convert::epoch("failed.epoch", failed.epoch)?;
+            Ok(Some(Command::Failed {
+                worker,
+                epoch,
+                reason: convert::text("failed.reason", failed.reason)?,
+            }))
+        }
+        Up::Hello(_) => Err(Malformed { field: "hello", problem: "came twice".into() }),
+        Up::Proof(_) => Err(Malformed { field: "proof", problem: "came twice".into() }),
+    }
+}
+
+fn invalid(malformed: Malformed) -> Status {
+    Status::invalid_argument(malformed.to_string())
+}
+
+fn unexpected(wanted: &str) -> Status {
+    Status::invalid_argument(format!("malformed message: {wanted} was expected"))
+}
+
+fn stopped() -> Status {
+    Status::unavailable("the coordinator has stopped")
+}

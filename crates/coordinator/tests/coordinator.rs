@@ -1,0 +1,268 @@
+//! The coordinator with fake workers over real gRPC: serving, refusals, and the loss of workers.
+
+mod fake;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use auth::Secret;
+use coordinator::{
+    Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineError, EngineEvent, State, Submission,
+};
+use engine::{FinishReason, Request, SamplingParams, SeqId, StepPlan, Usage};
+use fake::{Fake, continuation};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::Code;
+use tonic::transport::Server;
+
+const PROMPT: &[u32] = &[11, 22, 33, 44, 55];
+
+struct Cluster {
+    handle: CoordinatorHandle,
+    address: SocketAddr,
+    secret: Secret,
+}
+
+impl Cluster {
+    async fn start(width: usize) -> Self {
+        Self::start_with(width, |_| {}).await
+    }
+
+    async fn start_with(width: usize, change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
+        let secret = Secret::random();
+        let mut config = CoordinatorConfig::new(width, secret.clone());
+        change(&mut config);
+        let (handle, service) = Coordinator::start(config);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let server = Server::builder().add_service(service.into_server());
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        Self { handle, address, secret }
+    }
+
+    /// A worker that behaves; its port is its name.
+    fn fake(&self, port: u16) -> Fake {
+        Fake::new(&self.secret, &format!("127.0.0.1:{port}"))
+    }
+
+    async fn until(&self, wanted: impl Fn(&State) -> bool) -> State {
+        let mut state = self.handle.state();
+        state.wait_for(wanted).await.expect("the coordinator runs").clone()
+    }
+
+    async fn serving(&self) {
+        self.until(|state| matches!(state, State::Serving(_))).await;
+    }
+
+    async fn submit(&self, prompt: &[u32], max_tokens: u32) -> Submission {
+        self.handle.submit(request(prompt, max_tokens)).await.expect("it is served")
+    }
+}
+
+fn request(prompt: &[u32], max_tokens: u32) -> Request {
+    Request { prompt: prompt.to_vec(), max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
+}
+
+async fn token(submission: &mut Submission) -> u32 {
+    match submission.events.recv().await {
+        Some(EngineEvent::Token { id, .. }) => id,
+        other => panic!("a token was expected, not {other:?}"),
+    }
+}
+
+/// All tokens until the end.
+async fn tokens(submission: &mut Submission) -> Vec<u32> {
+    let mut tokens = Vec::new();
+    loop {
+        match submission.events.recv().await {
+            Some(EngineEvent::Token { id, .. }) => tokens.push(id),
+            Some(EngineEvent::Finished { reason, .. }) => {
+                assert_eq!(reason, FinishReason::Length);
+                assert_eq!(submission.events.recv().await, None);
+                return tokens;
+            }
+            other => panic!("{other:?} after {} tokens", tokens.len()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn requests_are_served_by_all_ranks() {
+    let cluster = Cluster::start(2).await;
+    let (sender, mut plans) = mpsc::unbounded_channel();
+    let _first = cluster.fake(1).start(cluster.address);
+    cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+    let waiting = EngineError::Unavailable("waiting for workers: 1 of 2 joined".into());
+    assert_eq!(cluster.handle.model(), Err(waiting.clone()));
+    assert_eq!(cluster.handle.submit(request(PROMPT, 1)).await.expect_err("nobody serves"), waiting);
+
+    let _second = Fake { plans: Some(sender), ..cluster.fake(2) }.start(cluster.address);
+    cluster.serving().await;
+    let model = cluster.handle.model().expect("it serves");
+    assert_eq!((model.name.as_str(), model.ranks, model.max_context), ("fake", 2, 400));
+
+    let mut one = cluster.submit(PROMPT, 9).await;
+    let mut two = cluster.submit(&[1, 2, 3], 30).await;
+    assert_eq!(tokens(&mut two).await, continuation(&[1, 2, 3], 30));
+    assert_eq!(tokens(&mut one).await, continuation(PROMPT, 9));
+    assert_eq!(plans.recv().await.expect("plans reach every rank").step.0, 0);
+
+    let refused = cluster.handle.submit(request(&[], 1)).await.expect_err("it is empty");
+    assert_eq!(refused, EngineError::Invalid("the prompt is empty: at least one token is needed".into()));
+}
+
+#[tokio::test]
+async fn usage_counts_both_sides() {
+    let cluster = Cluster::start(1).await;
+    let _worker = cluster.fake(1).start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 1).await;
+    token(&mut submission).await;
+    let usage = Usage { prompt_tokens: 5, completion_tokens: 1 };
+    let finished = EngineEvent::Finished { reason: FinishReason::Length, usage };
+    assert_eq!(submission.events.recv().await, Some(finished));
+}
+
+#[tokio::test]
+async fn dropping_a_submission_cancels_it() {
+    let cluster = Cluster::start(1).await;
+    let (sender, mut plans) = mpsc::unbounded_channel();
+    // All steps after the third wait for the group to be replaced: nothing ends before it is dropped.
+    let _worker = Fake { plans: Some(sender), hold_from: Some(3), ..cluster.fake(1) }.start(cluster.address);
+    cluster.serving().await;
+    let mut dropped = cluster.submit(PROMPT, 300).await;
+    for _ in 0..3 {
+        token(&mut dropped).await;
+    }
+    drop(dropped);
+    let mut kept = cluster.submit(&[9, 8, 7], 10).await;
+    let _again = cluster.fake(1).start(cluster.address);
+    assert_eq!(tokens(&mut kept).await, continuation(&[9, 8, 7], 10));
+    let of = |plan: &StepPlan, seq| plan.slices.iter().any(|slice| slice.seq == SeqId(seq));
+    while let Ok(plan) = plans.try_recv() {
+        assert!(!(of(&plan, 0) && of(&plan, 1)), "the dropped request runs on: {plan:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_secret_is_refused() {
+    let cluster = Cluster::start(1).await;
+    let stranger = Fake { secret: Secret::random(), ..cluster.fake(1) };
+    let end = stranger.start(cluster.address).end().await;
+    assert_eq!(end.code(), Code::Unauthenticated);
+    assert_eq!(end.message(), "the worker on here does not know the cluster's secret");
+    assert_eq!(*cluster.handle.state().borrow(), State::Waiting { joined: 0, wanted: 1 });
+}
+
+#[tokio::test]
+async fn another_protocol_is_refused_naming_both() {
+    let cluster = Cluster::start(1).await;
+    let end = Fake { protocol: 99, ..cluster.fake(1) }.start(cluster.address).end().await;
+    assert_eq!(end.code(), Code::FailedPrecondition);
+    let expected = "the coordinator speaks protocol 1, the worker protocol 99: run the same version on both";
+    assert_eq!(end.message(), expected);
+}
+
+#[tokio::test]
+async fn another_fingerprint_is_refused_by_name() {
+    let cluster = Cluster::start(2).await;
+    let _first = cluster.fake(1).start(cluster.address);
+    cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+    let mut other = cluster.fake(2);
+    other.report.fingerprint = "fake-bf16".into();
+    let end = other.start(cluster.address).end().await;
+    assert_eq!(end.code(), Code::FailedPrecondition);
+    assert_eq!(end.message(), "worker at 127.0.0.1:2 serves fingerprint fake-bf16, the group fake-f32");
+}
+
+#[tokio::test]
+async fn streams_go_on_when_a_lost_worker_comes_back() {
+    for lost in [1, 2] {
+        let cluster = Cluster::start(2).await;
+        let holding = |port| Fake { hold_from: Some(12), ..cluster.fake(port) };
+        let mut workers = vec![(1, holding(1).start(cluster.address))];
+        cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+        workers.push((2, holding(2).start(cluster.address)));
+        cluster.serving().await;
+
+        let mut submission = cluster.submit(PROMPT, 40).await;
+        let mut seen = Vec::new();
+        for _ in 0..12 {
+            seen.push(token(&mut submission).await);
+        }
+        workers.retain(|(port, _)| *port != lost);
+        cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+        // New requests wait with the old ones, and what is served is known.
+        let mut waiting = cluster.submit(&[5], 3).await;
+        assert!(cluster.handle.model().is_ok());
+
+        workers.push((lost, cluster.fake(lost).start(cluster.address)));
+        seen.extend(tokens(&mut submission).await);
+        assert_eq!(seen, continuation(PROMPT, 40), "worker {lost} was lost");
+        assert_eq!(tokens(&mut waiting).await, continuation(&[5], 3));
+    }
+}
+
+#[tokio::test]
+async fn a_silent_worker_is_lost() {
+    let cluster =
+        Cluster::start_with(1, |config| config.heartbeat_timeout = Duration::from_millis(300)).await;
+    let end = Fake { heartbeats: false, ..cluster.fake(1) }.start(cluster.address).end().await;
+    assert_eq!(end.code(), Code::Aborted);
+    assert_eq!(end.message(), "no heartbeat for 300ms");
+}
+
+#[tokio::test]
+async fn outputs_of_another_epoch_are_dropped() {
+    let cluster = Cluster::start(1).await;
+    let _worker = Fake { stale_outputs: true, ..cluster.fake(1) }.start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 20).await;
+    assert_eq!(tokens(&mut submission).await, continuation(PROMPT, 20));
+}
+
+#[tokio::test]
+async fn a_worker_that_sends_nonsense_is_replaced() {
+    let cluster = Cluster::start(1).await;
+    let distorted = Fake { distort: fake::VOCABULARY, ..cluster.fake(1) }.start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 20).await;
+    let end = distorted.end().await;
+    assert_eq!(end.code(), Code::Aborted);
+    assert!(end.message().contains("outside the vocabulary"), "{end}");
+    let _worker = cluster.fake(2).start(cluster.address);
+    assert_eq!(tokens(&mut submission).await, continuation(PROMPT, 20));
+}
+
+#[tokio::test]
+async fn a_failed_load_is_reported_and_not_tried_again_unasked() {
+    let cluster = Cluster::start(1).await;
+    let failing = Fake { load_failure: Some("no memory".into()), ..cluster.fake(1) };
+    let end = failing.start(cluster.address).end().await;
+    assert_eq!((end.code(), end.message()), (Code::Aborted, "no memory"));
+    let state = cluster.until(|state| matches!(state, State::Failed(_))).await;
+    assert_eq!(state, State::Failed("worker at 127.0.0.1:1: no memory".into()));
+    let _worker = cluster.fake(1).start(cluster.address);
+    cluster.serving().await;
+}
+
+#[tokio::test]
+async fn more_requests_than_may_wait_are_turned_away() {
+    let cluster = Cluster::start_with(1, |config| {
+        config.max_sequences = 1;
+        config.max_waiting = 1;
+    })
+    .await;
+    let _worker = Fake { hold_from: Some(1), ..cluster.fake(1) }.start(cluster.address);
+    cluster.serving().await;
+    let mut running = cluster.submit(PROMPT, 20).await;
+    token(&mut running).await;
+    let _waiting = cluster.submit(PROMPT, 20).await;
+    let refused = cluster.handle.submit(request(PROMPT, 20)).await.expect_err("one waits already");
+    assert_eq!(
+        refused,
+        EngineError::Unavailable("the queue is full (1 requests wait): try again later".into())
+    );
+}

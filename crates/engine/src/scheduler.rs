@@ -1,0 +1,320 @@
+//! Continuous batching: which tokens of which sequences run in the next step.
+//!
+//! First come, first served: rows go to the oldest first. A sequence joins when all before it have their rows and some
+//! are left, so whatever runs decodes and gets its row in every step, and at most the youngest is in prefill, chunk by
+//! chunk. A sequence takes blocks as it grows. When they run out, the youngest goes back to waiting and is recomputed
+//! later: so the oldest can always go on, and since each request was checked to fit by itself, every request ends.
+
+use std::collections::VecDeque;
+
+use crate::admission::{AdmitError, admit};
+use crate::block_pool::BlockPool;
+use crate::sequence::{Running, Sequence};
+use crate::{
+    Epoch, Event, Request, SampledToken, Sampling, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan,
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Limits of a group and of its batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// KV blocks that every rank has.
+    pub blocks: u32,
+    /// Tokens of a block; 0 counts as 1.
+    pub block_size: u32,
+    /// Tokens that prompt and answer may have together.
+    pub max_context: u32,
+    /// Ids are below this.
+    pub vocabulary: u32,
+    /// Rows of a step; 0 counts as 1.
+    pub max_batch_tokens: u32,
+    /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
+    pub max_sequences: u32,
+}
+
+impl SchedulerConfig {
+    /// Blocks that `tokens` tokens need.
+    pub fn blocks_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.block_size.max(1) as usize)
+    }
+
+    fn slots(&self) -> u32 {
+        self.max_sequences.min(self.max_batch_tokens).max(1)
+    }
+}
+
+/// An output that no correct rank would send. The group cannot be trusted; the scheduler is as it was before.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OutputError {
+    /// Not the sequences that the plan samples.
+    #[error("step {step} samples sequences {planned:?}, its output has {found:?}")]
+    Sequences {
+        /// The step.
+        step: StepId,
+        /// Sequences of the plan with sampling.
+        planned: Vec<SeqId>,
+        /// Sequences of the output.
+        found: Vec<SeqId>,
+    },
+    /// An id outside the vocabulary.
+    #[error("step {step} gave sequence {seq} token id {id}, which is outside the vocabulary of {vocabulary}")]
+    Token {
+        /// The step.
+        step: StepId,
+        /// The sequence.
+        seq: SeqId,
+        /// The id.
+        id: u32,
+        /// Ids are below this.
+        vocabulary: u32,
+    },
+}
+
+/// How much is going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Sequences with a slot.
+    pub running: usize,
+    /// Sequences without.
+    pub waiting: usize,
+    /// Blocks that nobody holds.
+    pub free_blocks: usize,
+    /// Blocks in all.
+    pub blocks: usize,
+}
+
+/// All requests of a group.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    epoch: Epoch,
+    next_step: StepId,
+    next_seq: SeqId,
+    pool: BlockPool,
+    /// The next to be taken is the last.
+    free_slots: Vec<SlotId>,
+    /// Oldest first, all older than those that wait.
+    running: Vec<Running>,
+    /// Oldest first.
+    waiting: VecDeque<Sequence>,
+    in_flight: Option<StepId>,
+}
+
+impl Scheduler {
+    /// A scheduler without requests.
+    pub fn new(config: SchedulerConfig, epoch: Epoch) -> Self {
+        Self {
+            config,
+            epoch,
+            next_step: StepId(0),
+            next_seq: SeqId(0),
+            pool: BlockPool::new(config.blocks),
+            free_slots: slots(&config),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            in_flight: None,
+        }
+    }
+
+    /// Takes a request, or says why it can never be served.
+    pub fn submit(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        let max_tokens = admit(&request, &self.config)?;
+        let id = self.next_seq;
+        self.next_seq.0 += 1;
+        self.waiting.push_back(Sequence::new(id, request, max_tokens));
+        Ok(id)
+    }
+
+    /// Drops a sequence: no event of it follows. One in flight keeps its blocks until its step is applied. Unknown or
+    /// ended sequences are ignored.
+    pub fn cancel(&mut self, seq: SeqId) {
+        self.waiting.retain(|sequence| sequence.id != seq);
+        let Some(at) = self.running.iter().position(|running| running.sequence.id == seq) else { return };
+        if self.running[at].rows > 0 {
+            self.running[at].cancelled = true;
+        } else {
+            let running = self.running.remove(at);
+            self.release(running);
+        }
+    }
+
+    /// The next step; none while one is in flight or when there is nothing to do.
+    pub fn plan(&mut self) -> Option<StepPlan> {
+        if self.in_flight.is_some() {
+            return None;
+        }
+        let mut budget = self.config.max_batch_tokens.max(1) as usize;
+        let mut at = 0;
+        // Preemption shortens the list, but only from `at` on.
+        while at < self.running.len() {
+            self.schedule(at, &mut budget);
+            at += 1;
+        }
+        while budget > 0
+            && let Some(at) = self.join()
+        {
+            self.schedule(at, &mut budget);
+        }
+        let slices: Vec<SeqSlice> =
+            self.running.iter().filter(|running| running.rows > 0).map(slice).collect();
+        if slices.is_empty() {
+            return None;
+        }
+        let step = self.next_step;
+        self.next_step.0 += 1;
+        self.in_flight = Some(step);
+        Some(StepPlan { epoch: self.epoch, step, slices })
+    }
+
+    /// Takes the output of the step in flight and returns what happened, in order. Output of another epoch or step is
+    /// dropped.
+    pub fn apply(&mut self, output: &StepOutput) -> Result<Vec<Event>, OutputError> {
+        if output.epoch != self.epoch || Some(output.step) != self.in_flight {
+            return Ok(Vec::new());
+        }
+        self.check(output)?;
+        self.in_flight = None;
+        let mut events = Vec::new();
+        let mut tokens = output.tokens.iter();
+        for mut running in std::mem::take(&mut self.running) {
+            let token = if running.samples() { tokens.next() } else { None };
+            running.computed += std::mem::take(&mut running.rows);
+            let ended =
+                running.cancelled || token.is_some_and(|token| advance(&mut running, token, &mut events));
+            if ended {
+                self.release(running);
+            } else {
+                self.running.push(running);
+            }
+        }
+        Ok(events)
+    }
+
+    /// The group was lost and stands again, in a later epoch and with these limits: everything that ran waits again, in
+    /// its old order, and is recomputed with the tokens that it has. No event is repeated and none is missing.
+    ///
+    /// If the limits may be narrower than before, [`Self::evict_unfit`] belongs behind it.
+    pub fn restart(&mut self, config: SchedulerConfig, epoch: Epoch) {
+        self.config = config;
+        self.epoch = epoch;
+        self.next_step = StepId(0);
+        self.in_flight = None;
+        self.pool = BlockPool::new(config.blocks);
+        self.free_slots = slots(&config);
+        for running in self.running.drain(..).rev().filter(|running| !running.cancelled) {
+            self.waiting.push_front(running.sequence);
+        }
+    }
+
+    /// Drops the waiting sequences that the limits no longer allow, and returns them with the reason. An answer for which
+    /// there is less room than before is clipped.
+    pub fn evict_unfit(&mut self) -> Vec<(SeqId, AdmitError)> {
+        let mut evicted = Vec::new();
+        let config = &self.config;
+        self.waiting.retain_mut(|sequence| match sequence.refit(config) {
+            Ok(()) => true,
+            Err(error) => {
+                evicted.push((sequence.id, error));
+                false
+            }
+        });
+        evicted
+    }
+
+    /// How much is going on.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            free_blocks: self.pool.free(),
+            blocks: self.pool.total(),
+        }
+    }
+
+    /// Plans as many rows of a running sequence as the budget allows. While blocks are missing, the youngest goes back
+    /// to waiting, at last this one itself.
+    fn schedule(&mut self, at: usize, budget: &mut usize) {
+        while let Some(running) = self.running.get_mut(at) {
+            let rows = running.remaining().min(*budget);
+            if self.pool.grow(&mut running.table, self.config.blocks_for(running.computed + rows)) {
+                running.rows = rows;
+                *budget -= rows;
+                return;
+            }
+            self.preempt_youngest();
+        }
+    }
+
+    /// Sends the youngest running sequence, which has no rows in this step yet, back to waiting.
+    fn preempt_youngest(&mut self) {
+        if let Some(youngest) = self.running.pop() {
+            let sequence = self.release(youngest);
+            self.waiting.push_front(sequence);
+        }
+    }
+
+    /// Gives the oldest waiting sequence a slot, if one is free and there are blocks for all the tokens that it has;
+    /// returns its place among the running. Whoever was preempted in this step finds too few: its blocks were needed.
+    fn join(&mut self) -> Option<usize> {
+        let tokens = self.waiting.front()?.tokens.len();
+        if self.config.blocks_for(tokens) > self.pool.free() {
+            return None;
+        }
+        let slot = self.free_slots.pop()?;
+        let sequence = self.waiting.pop_front()?;
+        self.running.push(Running::new(sequence, slot));
+        Some(self.running.len() - 1)
+    }
+
+    /// Takes back blocks and slot.
+    fn release(&mut self, running: Running) -> Sequence {
+        self.pool.give_back(running.table);
+        self.free_slots.push(running.slot);
+        running.sequence
+    }
+
+    fn check(&self, output: &StepOutput) -> Result<(), OutputError> {
+        let step = output.step;
+        let planned =
+            self.running.iter().filter(|running| running.samples()).map(|running| running.sequence.id);
+        let found = output.tokens.iter().map(|token| token.seq);
+        if !planned.clone().eq(found.clone()) {
+            return Err(OutputError::Sequences { step, planned: planned.collect(), found: found.collect() });
+        }
+        let vocabulary = self.config.vocabulary;
+        match output.tokens.iter().find(|token| token.id >= vocabulary) {
+            Some(&SampledToken { seq, id, .. }) => Err(OutputError::Token { step, seq, id, vocabulary }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn slots(config: &SchedulerConfig) -> Vec<SlotId> {
+    (0..config.slots()).rev().map(SlotId).collect()
+}
+
+fn slice(running: &Running) -> SeqSlice {
+    let Running { sequence, computed, rows, .. } = running;
+    let end = computed + rows;
+    SeqSlice {
+        seq: sequence.id,
+        slot: running.slot,
+        start: *computed as u32,
+        tokens: sequence.tokens[*computed..end].to_vec(),
+        blocks: running.table.blocks().to_vec(),
+        sampling: running.samples().then_some(Sampling { params: sequence.sampling, position: end as u32 }),
+    }
+}
+
+/// Appends a sampled token; returns whether the sequence ends with it.
+fn advance(running: &mut Running, token: &SampledToken, events: &mut Vec<Event>) -> bool {
+    let SampledToken { seq, id, logprob } = *token;
+    let reason = running.sequence.push(id);
+    events.push(Event::Token { seq, id, logprob });
+    if let Some(reason) = reason {
+        events.push(Event::Finished { seq, reason, usage: running.sequence.usage() });
+    }
+    reason.is_some()
+}

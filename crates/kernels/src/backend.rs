@@ -1,0 +1,276 @@
+//! The op set and what it works on.
+//!
+//! Shapes: T rows (tokens of a step), U local units, H/G local query/KV heads (G = U), g = H/G, d head dimension.
+//! Activations are row-major. Matrix results, the residual stream and partial sums are f32 always; inputs of
+//! matrices and attention ("compute" buffers) are of the compute dtype, f32 or bf16. Accumulation is f32.
+//!
+//! Contract on bits: a row of any result depends on that row's inputs alone, not on the number of rows, the
+//! number of threads, the other slices of the batch, or which units this rank holds.
+
+use std::ops::Range;
+
+use crate::Tree;
+
+/// Element type of activations, weights and KV at run time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// The upper half of an f32; conversions round to nearest even.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::Bf16 => 2,
+        }
+    }
+}
+
+/// Element type of a checkpoint's tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SourceType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+}
+
+impl SourceType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            SourceType::F32 => 4,
+            SourceType::F16 | SourceType::Bf16 => 2,
+        }
+    }
+}
+
+/// Rows of a checkpoint's tensor as little-endian bytes, dense and row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct RowBlock<'a> {
+    /// `rows · cols` elements of `dtype`.
+    pub bytes: &'a [u8],
+    /// Their type.
+    pub dtype: SourceType,
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub cols: usize,
+}
+
+/// What can go wrong below the model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The device has too little memory.
+    #[error("no memory for {what} ({bytes} bytes)")]
+    OutOfMemory {
+        /// What was to be allocated.
+        what: &'static str,
+        /// How much.
+        bytes: usize,
+    },
+    /// Arguments whose sizes do not fit together.
+    #[error("shapes do not fit in {op}: {detail}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// Which sizes.
+        detail: String,
+    },
+    /// The device cannot do this at all.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// `std::result::Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// One sequence's rows in a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slice {
+    /// Position in its sequence of the first of these rows.
+    pub start: usize,
+    /// Rows; at least 1.
+    pub len: usize,
+    /// KV blocks that cover positions `0..start + len`.
+    pub blocks: Vec<u32>,
+}
+
+/// How the rows of a step fall into sequences: slice after slice, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Batch {
+    /// The slices.
+    pub slices: Vec<Slice>,
+}
+
+impl Batch {
+    /// T.
+    pub fn rows(&self) -> usize {
+        self.slices.iter().map(|s| s.len).sum()
+    }
+
+    /// The position in its sequence of every row.
+    pub fn positions(&self) -> impl Iterator<Item = usize> + '_ {
+        self.slices.iter().flat_map(|s| s.start..s.start + s.len)
+    }
+}
+
+/// The sum of a whole sub-tree of units: `[T, cols]` f32.
+#[derive(Debug)]
+pub struct Partial<B> {
+    /// A sub-tree of the reduction tree (see [`Tree::subtrees`]).
+    pub units: Range<usize>,
+    /// Its sum.
+    pub sum: B,
+}
+
+/// A buffer whose f32 contents are ordinary memory, so that collectives can send them.
+pub trait HostBuffer {
+    /// All elements, row-major; only for f32 buffers (`None` for any other dtype).
+    fn as_f32(&self) -> Option<&[f32]>;
+    /// Likewise, mutable.
+    fn as_f32_mut(&mut self) -> Option<&mut [f32]>;
+}
+
+/// A device's memory and op set. One thread drives it; a CPU backend may fan out inside.
+///
+/// Every op works on the first `rows` rows (or `batch.rows()`), checks sizes, and writes all of its result.
+pub trait Backend {
+    /// Activations: a matrix `[capacity, cols]` of one dtype, zeroed when allocated.
+    type Buffer;
+    /// A weight `[n, k]` in the layout that the kernels want.
+    type Matrix;
+    /// A run of embedding rows.
+    type Table;
+    /// This rank's paged KV of all layers.
+    type KvCache;
+
+    /// The instruction path, for example `avx512-bf16`: part of a group's fingerprint, since bits differ by path.
+    fn path(&self) -> &'static str;
+
+    // ---- memory
+
+    /// Tokens that a KV block holds.
+    fn block_size(&self) -> usize;
+    /// Allocates an activation buffer.
+    fn buffer(&self, dtype: DType, rows: usize, cols: usize) -> Result<Self::Buffer>;
+    /// Packs a weight: the blocks stacked on top of each other give `[n, k]`, all of the same k (even).
+    /// Elements become `dtype`; bf16 sources may stay bf16 under f32, which is exact.
+    fn matrix(&self, blocks: &[RowBlock<'_>], dtype: DType) -> Result<Self::Matrix>;
+    /// The embedding rows of ids `first_id..first_id + block.rows`.
+    fn table(&self, block: RowBlock<'_>, first_id: usize, dtype: DType) -> Result<Self::Table>;
+    /// A vector (norm weights) as an f32 buffer `[1, cols]`.
+    fn vector(&self, block: RowBlock<'_>) -> Result<Self::Buffer>;
+    /// Bytes that a matrix takes, all of which a decode step reads.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+    /// Paged KV of `units` KV heads in `layers` layers: `blocks` blocks.
+    fn kv_cache(
+        &self,
+        layers: usize,
+        units: usize,
+        head_dim: usize,
+        blocks: usize,
+        dtype: DType,
+    ) -> Result<Self::KvCache>;
+    /// Bytes that one block takes, all layers together.
+    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize;
+    /// Copies one row of an f32 buffer to the host.
+    fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
+
+    // ---- ops
+
+    /// `out[T, hidden]` f32 = the table's row of each id, or zeros where the id is another rank's.
+    fn embed(&mut self, ids: &[u32], table: &Self::Table, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out = x / rms(x) · weight`, rms(x) = √(mean(x²) + eps); x f32 `[T, hidden]`, out compute `[T, hidden]`.
+    fn rms_norm(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `residual += x`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        residual: &mut Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out[T, Σn]` f32 = `x[T, k] · Wᵀ`, the weights' results side by side. Column-parallel matrices.
+    fn linear(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weights: &[Self::Matrix],
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Row-parallel matrices: `x[T, Σk]` holds the inputs of the units' weights side by side; weight `i` belongs to
+    /// unit `first_unit + i`. Each partial becomes the sum of its units' products `[T, n]`, added along `tree`.
+    /// `partials` are `tree.subtrees(first_unit..first_unit + weights.len())`.
+    fn linear_partials(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weights: &[Self::Matrix],
+        first_unit: usize,
+        tree: Tree,
+        partials: &mut [Partial<Self::Buffer>],
+    ) -> Result<()>;
+
+    /// `out[T, d]` f32 = for every row of the batch, d/2 cosines then d/2 sines of `position · frequency[i]`; the
+    /// angle and its functions in f64, rounded once.
+    fn rope_table(&mut self, batch: &Batch, frequencies: &[f64], out: &mut Self::Buffer) -> Result<()>;
+
+    /// Takes `qkv` f32 `[T, U·(g+2)·d]` (unit after unit: its g query heads, its key, its value), rotates queries
+    /// and keys by halves (element i with i + d/2), writes keys and values into `layer` of the cache in the
+    /// cache's dtype, and queries to `q`, compute `[T, U·g·d]`.
+    fn rope_write_kv(
+        &mut self,
+        batch: &Batch,
+        qkv: &Self::Buffer,
+        rope: &Self::Buffer,
+        layer: usize,
+        kv: &mut Self::KvCache,
+        q: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Causal attention of every row over its sequence's keys up to its own position, read from the cache as
+    /// stored: softmax(q·kᵀ · scale)·v; `q` and `out` compute `[T, U·g·d]`. Keys are folded in fixed spans from a
+    /// fresh state each, and spans merge in ascending order.
+    fn attend(
+        &mut self,
+        batch: &Batch,
+        q: &Self::Buffer,
+        layer: usize,
+        kv: &Self::KvCache,
+        scale: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `gate_up` f32 `[T, Σ 2·widths]` (unit after unit: its gate columns, then its up columns);
+    /// `out` compute `[T, Σ widths]` = silu(gate) · up, silu(z) = z / (1 + e^−z).
+    fn silu_mul(
+        &mut self,
+        rows: usize,
+        gate_up: &Self::Buffer,
+        widths: &[usize],
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out[i] = x[rows[i]]`; both compute or both f32, of the same width.
+    fn gather_rows(&mut self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+}

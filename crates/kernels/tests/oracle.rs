@@ -1,0 +1,284 @@
+//! Every op of every CPU path against the oracle.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{Device, Random, Sequences, assert_close, block, bytes, cpus, weight};
+use kernels::{Backend, Batch, DType, HostBuffer, Oracle, Partial, Slice, SourceType, Tree};
+
+const TYPES: [(DType, DType, SourceType); 6] = [
+    (DType::F32, DType::F32, SourceType::F32),
+    (DType::F32, DType::F32, SourceType::F16),
+    (DType::F32, DType::F32, SourceType::Bf16),
+    (DType::F32, DType::Bf16, SourceType::F32),
+    (DType::Bf16, DType::Bf16, SourceType::Bf16),
+    (DType::Bf16, DType::F32, SourceType::F32),
+];
+
+fn linear<B: Device>(
+    backend: &mut B,
+    types: (DType, DType, SourceType),
+    rows: usize,
+    k: usize,
+    n: &[usize],
+) -> Vec<Vec<f32>> {
+    let (compute, dtype, source) = types;
+    let mut random = Random::new((rows * 7919 + k) as u64);
+    let x = backend.filled(compute, &random.rows(rows, k));
+    let weights: Vec<_> = n.iter().map(|&n| weight(backend, n, k, source, dtype, &mut random)).collect();
+    let mut out = backend.buffer(DType::F32, rows, n.iter().sum()).unwrap();
+    backend.linear(rows, &x, &weights, &mut out).unwrap();
+    B::rows(&out, rows)
+}
+
+#[test]
+fn linear_of_ragged_shapes() {
+    for cpu in &mut cpus() {
+        for types in TYPES {
+            for k in [2, 14, 16, 30, 34, 66, 512, 514, 1030] {
+                for rows in [1, 2, 3, 5, 12, 13, 29] {
+                    let n = [1, 15, 16, 17, 33, 64];
+                    let what = format!("{} {types:?} {rows} × {k}", cpu.path());
+                    let want = linear(&mut Oracle, types, rows, k, &n);
+                    assert_close(&linear(cpu, types, rows, k, &n), &want, 1e-4, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_of_many_rows() {
+    for cpu in &mut cpus() {
+        for types in [TYPES[0], TYPES[4]] {
+            let want = linear(&mut Oracle, types, 700, 1100, &[200]);
+            assert_close(&linear(cpu, types, 700, 1100, &[200]), &want, 3e-4, cpu.path());
+        }
+    }
+}
+
+fn partials<B: Device>(
+    backend: &mut B,
+    types: (DType, DType, SourceType),
+    rows: usize,
+    units: usize,
+    held: std::ops::Range<usize>,
+) -> Vec<Vec<f32>> {
+    let (compute, dtype, source) = types;
+    let (tree, n) = (Tree { units }, 45);
+    let mut random = Random::new(units as u64);
+    let widths: Vec<usize> = (0..units).map(|unit| 2 + (unit * 254) % 700).collect();
+    let all = random.rows(rows, widths.iter().sum());
+    let weights: Vec<_> = widths.iter().map(|&k| weight(backend, n, k, source, dtype, &mut random)).collect();
+    let weights: Vec<_> = weights.into_iter().skip(held.start).take(held.len()).collect();
+    let first: usize = widths[..held.start].iter().sum();
+    let last: usize = widths[..held.end].iter().sum();
+    let x: Vec<Vec<f32>> = all.iter().map(|row| row[first..last].to_vec()).collect();
+    let x = backend.filled(compute, &x);
+    let mut partials: Vec<_> = tree
+        .subtrees(&held)
+        .into_iter()
+        .map(|units| Partial { units, sum: backend.buffer(DType::F32, rows, n).unwrap() })
+        .collect();
+    backend.linear_partials(rows, &x, &weights, held.start, tree, &mut partials).unwrap();
+    partials.iter().flat_map(|partial| B::rows(&partial.sum, rows)).collect()
+}
+
+#[test]
+fn linear_partials_of_uneven_units() {
+    for cpu in &mut cpus() {
+        for types in TYPES {
+            for (units, held) in [(1, 0..1), (4, 0..4), (8, 1..7), (7, 2..7), (5, 4..5)] {
+                for rows in [1, 7, 40] {
+                    let what = format!("{} {types:?} units {held:?} of {units}, {rows} rows", cpu.path());
+                    let want = partials(&mut Oracle, types, rows, units, held.clone());
+                    assert_close(&partials(cpu, types, rows, units, held.clone()), &want, 2e-4, &what);
+                }
+            }
+        }
+    }
+}
+
+fn embedded<B: Device>(backend: &mut B, dtype: DType, source: SourceType) -> Vec<Vec<f32>> {
+    let data = bytes(&Random::new(5).row(10 * 37), source);
+    let table = backend.table(block(&data, source, 10, 37), 20, dtype).unwrap();
+    let mut out = backend.filled(DType::F32, &vec![vec![9.0; 37]; 6]);
+    backend.embed(&[20, 29, 30, 19, 0, 25], &table, &mut out).unwrap();
+    B::rows(&out, 6)
+}
+
+#[test]
+fn embed_gives_rows_or_zeros() {
+    for cpu in &mut cpus() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for source in [SourceType::F32, SourceType::F16, SourceType::Bf16] {
+                assert_eq!(embedded(cpu, dtype, source), embedded(&mut Oracle, dtype, source));
+            }
+        }
+    }
+}
+
+fn norms<B: Device>(backend: &mut B, compute: DType, rows: usize, cols: usize) -> Vec<Vec<f32>> {
+    let mut random = Random::new(cols as u64);
+    let x = backend.filled(DType::F32, &random.rows(rows, cols));
+    let mut residual = backend.filled(DType::F32, &random.rows(rows, cols));
+    let data = bytes(&random.row(cols), SourceType::Bf16);
+    let weight = backend.vector(block(&data, SourceType::Bf16, 1, cols)).unwrap();
+    let mut out = backend.buffer(compute, rows, cols).unwrap();
+    backend.rms_norm(rows, &x, &weight, 1e-5, &mut out).unwrap();
+    let mut all = B::rows(&out, rows);
+    backend.add_rms_norm(rows, &x, &mut residual, &weight, 1e-5, &mut out).unwrap();
+    all.extend(B::rows(&out, rows));
+    all.extend(B::rows(&residual, rows));
+    all
+}
+
+#[test]
+fn norms_of_any_width() {
+    for cpu in &mut cpus() {
+        for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
+            for cols in [1, 7, 16, 33, 64, 100, 2048] {
+                for rows in [1, 3, 40] {
+                    let want = norms(&mut Oracle, compute, rows, cols);
+                    assert_close(&norms(cpu, compute, rows, cols), &want, tolerance, cpu.path());
+                }
+            }
+        }
+    }
+}
+
+fn gated<B: Device>(backend: &mut B, compute: DType, rows: usize, widths: &[usize]) -> Vec<Vec<f32>> {
+    let total: usize = widths.iter().sum();
+    let mut values = Random::new(total as u64).rows(rows, 2 * total);
+    values.iter_mut().flatten().for_each(|x| *x *= 20.0);
+    let gate_up = backend.filled(DType::F32, &values);
+    let mut out = backend.buffer(compute, rows, total).unwrap();
+    backend.silu_mul(rows, &gate_up, widths, &mut out).unwrap();
+    B::rows(&out, rows)
+}
+
+#[test]
+fn silu_mul_of_odd_widths() {
+    for cpu in &mut cpus() {
+        for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
+            for widths in [&[1][..], &[5, 3, 17], &[129, 128], &[64, 64, 64, 65]] {
+                let want = gated(&mut Oracle, compute, 9, widths);
+                assert_close(&gated(cpu, compute, 9, widths), &want, tolerance, cpu.path());
+            }
+        }
+    }
+}
+
+#[test]
+fn silu_mul_at_the_ends_of_the_range() {
+    for cpu in &mut cpus() {
+        let gates = [-1e30, -200.0, -90.0, -0.0, 90.0, 200.0, 1e30];
+        let row: Vec<f32> = gates.into_iter().chain([1.0; 7]).collect();
+        let gate_up = cpu.filled(DType::F32, &[row]);
+        let mut out = cpu.buffer(DType::F32, 1, 7).unwrap();
+        cpu.silu_mul(1, &gate_up, &[7], &mut out).unwrap();
+        let want = [0.0, 0.0, 0.0, 0.0, 90.0, 200.0, 1e30];
+        assert_close(&[out.row(0)], &[want.to_vec()], 1e-6, cpu.path());
+    }
+}
+
+fn turned<B: Device>(backend: &mut B) -> Vec<Vec<f32>> {
+    let frequencies: Vec<f64> = (0..64).map(|i| 5e6f64.powf(-f64::from(i) / 64.0)).collect();
+    let slice = |start: usize, len: usize| Slice { start, len, blocks: vec![0; (start + len).div_ceil(64)] };
+    let batch = Batch { slices: vec![slice(0, 3), slice(199_990, 40), slice(511, 2)] };
+    let mut out = backend.buffer(DType::F32, batch.rows(), 128).unwrap();
+    backend.rope_table(&batch, &frequencies, &mut out).unwrap();
+    B::rows(&out, batch.rows())
+}
+
+#[test]
+fn rope_far_out() {
+    for cpu in &mut cpus() {
+        assert_close(&turned(cpu), &turned(&mut Oracle), 1e-7, cpu.path());
+    }
+}
+
+#[test]
+fn gathered_rows_are_copies() {
+    for cpu in &mut cpus() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let x = cpu.filled(dtype, &Random::new(1).rows(5, 19));
+            let mut out = cpu.buffer(dtype, 4, 19).unwrap();
+            cpu.gather_rows(&x, &[4, 0, 4, 2], &mut out).unwrap();
+            assert_eq!(<kernels::Cpu as Device>::rows(&out, 4), [x.row(4), x.row(0), x.row(4), x.row(2)]);
+        }
+    }
+}
+
+/// Outputs and caches in f32, both in bf16, and mixed.
+const ATTENTION: [(DType, DType, f32); 4] = [
+    (DType::F32, DType::F32, 3e-5),
+    (DType::Bf16, DType::Bf16, 1.5e-2),
+    (DType::F32, DType::Bf16, 1e-4),
+    (DType::Bf16, DType::F32, 8e-3),
+];
+
+fn assert_attention(sequences: &Sequences, steps: &[Vec<(usize, usize)>], tolerance: f32) {
+    let want = sequences.run(&mut Oracle, steps);
+    for cpu in &mut cpus() {
+        let got = sequences.run(cpu, steps);
+        for (sequence, (got, want)) in got.iter().zip(&want).enumerate() {
+            let what = format!("{} {sequences:?} sequence {sequence}", cpu.path());
+            assert_close(got, want, tolerance, &what);
+        }
+    }
+}
+
+#[test]
+fn attention_of_all_head_shapes() {
+    for (compute, kv, tolerance) in ATTENTION {
+        for head_dim in [16, 24, 32, 64, 80, 128] {
+            for group in [1, 2, 4, 7, 8] {
+                let sequences = Sequences {
+                    units: 2,
+                    group,
+                    head_dim,
+                    compute,
+                    kv,
+                    seed: (head_dim + group) as u64,
+                    lengths: vec![70, 33, 130],
+                    recycled: true,
+                };
+                // Prefill in chunks with decoding beside it, then decoding alone.
+                let steps = [
+                    vec![(0, 40), (1, 32)],
+                    vec![(1, 1), (0, 25), (2, 127)],
+                    vec![(0, 1), (2, 1)],
+                    vec![(2, 2), (0, 4)],
+                ];
+                assert_attention(&sequences, &steps, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_over_several_spans() {
+    for (compute, kv, tolerance) in ATTENTION {
+        let sequences = Sequences {
+            units: 1,
+            group: 3,
+            head_dim: 32,
+            compute,
+            kv,
+            seed: 3,
+            lengths: vec![1300, 515],
+            recycled: true,
+        };
+        let steps = [vec![(0, 500), (1, 510)], vec![(1, 4), (0, 798)], vec![(0, 1), (1, 1)], vec![(0, 1)]];
+        assert_attention(&sequences, &steps, tolerance);
+    }
+}
+
+#[test]
+fn the_oracle_shares_its_memory_too() {
+    let mut buffer = Oracle.buffer(DType::F32, 1, 2).unwrap();
+    buffer.as_f32_mut().unwrap()[1] = 3.0;
+    assert_eq!(Oracle.read_row(&buffer, 0), Ok(vec![0.0, 3.0]));
+    assert!(Oracle.buffer(DType::Bf16, 1, 2).unwrap().as_f32().is_none());
+}

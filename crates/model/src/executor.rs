@@ -1,0 +1,152 @@
+//! Runs step plans: checks a plan against this rank, runs the forward pass, samples.
+
+use std::fmt::Display;
+
+use comm::Collective;
+use engine::{SampledToken, SeqSlice, StepOutput, StepPlan};
+use kernels::{Backend, Batch, Slice};
+
+use crate::error::{Error, Result};
+use crate::forward::Model;
+use crate::sampler::sample;
+
+/// Rows of one plan: more than any sensible step, little enough that a false plan cannot exhaust memory.
+const MAX_ROWS: usize = 65_536;
+
+/// One rank of a group, driven by one thread.
+pub trait Executor {
+    /// Starts a step. Every rank of the group is given the same plans in the same order.
+    fn launch(&mut self, plan: &StepPlan) -> Result<()>;
+    /// The output of the oldest step that has ended: on the sampling rank its tokens, elsewhere none.
+    fn poll(&mut self) -> Result<Option<StepOutput>>;
+    /// KV blocks that this rank can hold.
+    fn kv_blocks(&self) -> usize;
+    /// Bytes of weights that this rank reads for a decoded token.
+    fn weight_bytes(&self) -> u64;
+}
+
+/// What plans are checked against.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) vocabulary: usize,
+    pub(crate) max_context: usize,
+    pub(crate) kv_blocks: usize,
+    pub(crate) block_size: usize,
+}
+
+/// The executor of a backend that computes within the call, as the CPU does.
+pub struct ModelExecutor<B: Backend, C> {
+    model: Model<B, C>,
+    limits: Limits,
+    ended: Option<StepOutput>,
+}
+
+impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
+    pub(crate) fn new(model: Model<B, C>, limits: Limits) -> Self {
+        Self { model, limits, ended: None }
+    }
+
+    /// The backend, for measurements between steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        self.model.backend_mut()
+    }
+
+    /// Runs a plan and returns, for every slice with sampling, the logits `[vocabulary]` of its last row; nothing
+    /// on ranks that do not sample. For tests and tools: serving never moves logits.
+    pub fn logits(&mut self, plan: &StepPlan) -> Result<Vec<Vec<f32>>> {
+        self.limits.check(plan)?;
+        let ids: Vec<u32> = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        self.model.step(&ids, &batch(plan), &sampled_rows(plan))
+    }
+}
+
+impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
+    fn launch(&mut self, plan: &StepPlan) -> Result<()> {
+        let logits = self.logits(plan)?;
+        if self.model.samples() {
+            let sampled = plan.slices.iter().filter_map(|slice| Some((slice.seq, slice.sampling?)));
+            let tokens = sampled
+                .zip(&logits)
+                .map(|((seq, sampling), logits)| {
+                    let choice = sample(logits, &sampling.params, sampling.position);
+                    SampledToken { seq, id: choice.id, logprob: choice.logprob }
+                })
+                .collect();
+            self.ended = Some(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Result<Option<StepOutput>> {
+        Ok(self.ended.take())
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.limits.kv_blocks
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.model.step_bytes() as u64
+    }
+}
+
+impl Limits {
+    /// A plan comes over the network: nothing in it may reach past a buffer.
+    fn check(&self, plan: &StepPlan) -> Result<()> {
+        let refuse = |what: String| Err(Error::Plan { step: plan.step.0, what });
+        let rows = plan.rows();
+        if rows == 0 || rows > MAX_ROWS {
+            return refuse(format!("it has {rows} rows, allowed are 1 to {MAX_ROWS}"));
+        }
+        for slice in &plan.slices {
+            if let Some(what) = self.fault(slice) {
+                return refuse(format!("sequence {}: {what}", slice.seq));
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self, slice: &SeqSlice) -> Option<String> {
+        let end = slice.start as usize + slice.tokens.len();
+        let above = |what: &str, found: &dyn Display, limit: usize| Some(format!("{what} {found}, the limit is {limit}"));
+        if slice.tokens.is_empty() {
+            return Some("a slice without tokens".into());
+        }
+        if end > self.max_context {
+            return above("positions up to", &end, self.max_context);
+        }
+        if let Some(id) = slice.tokens.iter().find(|&&id| id as usize >= self.vocabulary) {
+            return above("token id", id, self.vocabulary - 1);
+        }
+        if let Some(block) = slice.blocks.iter().find(|block| block.0 as usize >= self.kv_blocks) {
+            return above("KV block", block, self.kv_blocks - 1);
+        }
+        let needed = end.div_ceil(self.block_size);
+        if slice.blocks.len() < needed {
+            return Some(format!("{} KV blocks for {end} positions, which need {needed}", slice.blocks.len()));
+        }
+        None
+    }
+}
+
+fn batch(plan: &StepPlan) -> Batch {
+    let slice = |s: &SeqSlice| Slice {
+        start: s.start as usize,
+        len: s.tokens.len(),
+        blocks: s.blocks.iter().map(|block| block.0).collect(),
+    };
+    Batch { slices: plan.slices.iter().map(slice).collect() }
+}
+
+/// The last row of every slice that is sampled from.
+fn sampled_rows(plan: &StepPlan) -> Vec<usize> {
+    let mut end = 0;
+    let mut rows = Vec::new();
+    for slice in &plan.slices {
+        end += slice.tokens.len();
+        if slice.sampling.is_some() {
+            rows.push(end - 1);
+        }
+    }
+    rows
+}

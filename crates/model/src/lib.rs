@@ -1,0 +1,19 @@
+//! Yi on any backend: config, checkpoint and tensor names, sharded weights, the forward pass, sampling, and the
+//! executor that runs step plans.
+
+pub mod checkpoint;
+pub mod config;
+pub mod executor;
+pub mod names;
+pub mod sampler;
+
+mod error;
+mod forward;
+mod source;
+mod weights;
+
+pub use config::Config;
+pub use error::{Error, Result};
+pub use executor::{Executor, ModelExecutor};
+pub use forward::SAMPLING_RANK;
+pub use source::{ModelOptions, ModelSource, Report};

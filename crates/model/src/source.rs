@@ -1,0 +1,211 @@
+//! A model directory with its options: what a worker opens before it is assigned a share, and loads from after.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use comm::Collective;
+use engine::units;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kernels::{Backend, DType};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::executor::{Limits, ModelExecutor};
+use crate::forward::Model;
+use crate::names::{LayerTensor, Tensor};
+use crate::weights::Weights;
+
+/// Raised with every change of a kernel or of the forward pass that changes bits.
+const KERNEL_VERSION: u32 = 1;
+/// Without a limit of its own, the KV cache has room for this many full contexts, memory allowing.
+const DEFAULT_CONTEXTS: usize = 4;
+/// Nor does it then take more than this part of the memory that is available.
+const DEFAULT_MEMORY_SHARE: u64 = 4;
+
+/// How a model is to be run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Of activations and weights (bf16 weights stay bf16 under f32, which is exact).
+    pub dtype: DType,
+    /// Of cached keys and values.
+    pub kv_dtype: DType,
+    /// Tokens of context; `None`: what the model was made for.
+    pub max_context: Option<usize>,
+    /// Bytes of this rank's KV cache; `None`: four contexts, at most a quarter of the memory available.
+    pub kv_memory: Option<u64>,
+    /// Draw a progress bar while loading.
+    pub progress: bool,
+}
+
+/// What a worker tells of its model before it loads weights. Equal on all workers of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The folder's name.
+    pub name: String,
+    /// Ids are below this.
+    pub vocabulary: u32,
+    /// Tokens of context.
+    pub max_context: u32,
+    /// Shard units: the largest width.
+    pub units: u32,
+    /// Tokens of a KV block.
+    pub block_size: u32,
+    /// Ids that end a text.
+    pub eos: Vec<u32>,
+    /// Model, data types, instruction path, kernel version.
+    pub fingerprint: String,
+}
+
+/// A model directory whose config and headers have been read and checked.
+#[derive(Debug)]
+pub struct ModelSource {
+    dir: PathBuf,
+    options: ModelOptions,
+    config: Config,
+    checkpoint: Checkpoint,
+    /// Hash of what tells this model from others.
+    identity: String,
+}
+
+impl ModelSource {
+    /// Opens a model directory; reads no more than the config, the headers and the norm weights.
+    pub fn open(dir: &Path, options: ModelOptions) -> Result<Self> {
+        let config = Config::load(dir)?;
+        if let Some(asked) = options.max_context
+            && (asked == 0 || asked > config.max_positions)
+        {
+            let limit = config.max_positions;
+            return Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")));
+        }
+        let checkpoint = Checkpoint::open(dir, &config)?;
+        let identity = identity(&config, &checkpoint)?;
+        let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+        Ok(Self { dir, options, config, checkpoint, identity })
+    }
+
+    /// The config.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What this rank would serve on `backend`.
+    pub fn report<B: Backend>(&self, backend: &B) -> Report {
+        let dtype = |dtype| if dtype == DType::F32 { "f32" } else { "bf16" };
+        Report {
+            name: self.dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned()),
+            vocabulary: self.config.shape.vocab as u32,
+            max_context: self.max_context() as u32,
+            units: self.config.shape.kv_heads as u32,
+            block_size: backend.block_size() as u32,
+            eos: self.config.eos.clone(),
+            fingerprint: format!(
+                "{}-{}-kv_{}-{}-v{KERNEL_VERSION}",
+                self.identity,
+                dtype(self.options.dtype),
+                dtype(self.options.kv_dtype),
+                backend.path(),
+            ),
+        }
+    }
+
+    /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
+    pub fn executor<B: Backend, C: Collective<B::Buffer>>(
+        &self, backend: B, ranges: &[Range<usize>], collective: C,
+    ) -> Result<ModelExecutor<B, C>> {
+        let units = units(&self.config.shape);
+        let held = ranges
+            .get(collective.rank())
+            .filter(|held| held.start < held.end && held.end <= units.len())
+            .ok_or_else(|| Error::Option(format!("rank {} has no units", collective.rank())))?
+            .clone();
+        let bar = self.progress_bar(&held);
+        let dtype = self.options.dtype;
+        let weights = Weights::load(&backend, &self.config, &self.checkpoint, &units, held.clone(), dtype, &mut || bar.inc(1))?;
+        bar.finish_and_clear();
+
+        let kv_blocks = self.kv_blocks(&backend, held.len())?;
+        let shape = &self.config.shape;
+        let kv = backend.kv_cache(shape.layers, held.len(), shape.head_dim, kv_blocks, self.options.kv_dtype)?;
+        let limits = Limits {
+            vocabulary: shape.vocab,
+            max_context: self.max_context(),
+            kv_blocks,
+            block_size: backend.block_size(),
+        };
+        let model = Model::new(backend, collective, &self.config, weights, kv, ranges, dtype);
+        Ok(ModelExecutor::new(model, limits))
+    }
+
+    /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
+    pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
+        let shape = &self.config.shape;
+        let block = backend.kv_block_bytes(shape.layers, shape.kv_heads, shape.head_dim, self.options.kv_dtype);
+        (tokens.div_ceil(backend.block_size()) * block) as u64
+    }
+
+    fn max_context(&self) -> usize {
+        self.options.max_context.unwrap_or(self.config.max_positions)
+    }
+
+    /// Blocks of KV cache that this rank can hold.
+    fn kv_blocks<B: Backend>(&self, backend: &B, units: usize) -> Result<usize> {
+        let shape = &self.config.shape;
+        let block_bytes = backend.kv_block_bytes(shape.layers, units, shape.head_dim, self.options.kv_dtype) as u64;
+        let blocks = match self.options.kv_memory {
+            Some(bytes) => bytes / block_bytes,
+            None => {
+                let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(backend.block_size());
+                (wanted as u64).min(available_memory() / DEFAULT_MEMORY_SHARE / block_bytes)
+            }
+        };
+        match u32::try_from(blocks) {
+            Ok(0) => Err(Error::Option(format!(
+                "no room for the KV cache: one block of {} tokens takes {block_bytes} bytes on this rank; raise --kv-memory",
+                backend.block_size(),
+            ))),
+            Ok(blocks) => Ok(blocks as usize),
+            Err(_) => Err(Error::Option(format!("--kv-memory: {blocks} blocks are more than can be numbered"))),
+        }
+    }
+
+    fn progress_bar(&self, held: &Range<usize>) -> ProgressBar {
+        let bar = ProgressBar::new(Weights::<kernels::Cpu>::parts(&self.config) as u64);
+        if !self.options.progress {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {elapsed}") {
+            bar.set_style(style);
+        }
+        bar.set_message(format!("loading units {}..{}", held.start, held.end));
+        bar.enable_steady_tick(Duration::from_millis(200));
+        bar
+    }
+}
+
+/// A hash over the config and all norm weights: what two models of one shape differ in, without reading gigabytes.
+fn identity(config: &Config, checkpoint: &Checkpoint) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?} {} {}", config.shape, config.rms_norm_eps, config.rope_theta));
+    let layers = (0..config.shape.layers)
+        .flat_map(|l| [LayerTensor::AttentionNorm, LayerTensor::FfnNorm].map(|part| Tensor::Layer(l, part)));
+    for tensor in layers.chain([Tensor::Norm]) {
+        hash.update(format!("{:?}", checkpoint.dtype(tensor)?));
+        hash.update(checkpoint.read(tensor, 0..1, 0..config.shape.hidden)?);
+    }
+    // One row of the embedding, for models whose norms are all ones.
+    hash.update(checkpoint.read(Tensor::Embedding, 0..1, 0..config.shape.hidden)?);
+    Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Bytes of memory that can be had without swapping (`MemAvailable` of Linux); 4 GiB where the system does not tell.
+fn available_memory() -> u64 {
+    let told = || {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    told().map_or(4 << 30, |kib| kib << 10)
+}

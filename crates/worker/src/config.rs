@@ -1,0 +1,29 @@
+//! What a worker needs to know.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use auth::Secret;
+use model::ModelOptions;
+
+/// How one worker runs.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// `host:port` of the coordinator.
+    pub coordinator: String,
+    /// What the cluster's processes know.
+    pub secret: Secret,
+    /// Where its collectives listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// This machine, as other workers reach it.
+    pub advertised_host: String,
+    /// The checkpoint's folder.
+    pub model: PathBuf,
+    /// How the model is run.
+    pub options: ModelOptions,
+    /// CPU threads.
+    pub threads: usize,
+    /// How long a coordinator may be out of reach.
+    pub join_timeout: Duration,
+}

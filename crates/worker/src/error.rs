@@ -1,0 +1,45 @@
+//! Why a worker ends.
+
+use std::io;
+use std::net::SocketAddr;
+
+/// What joining again would not change.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The checkpoint does not open.
+    #[error("cannot open the model")]
+    Model(#[source] model::Error),
+    /// The CPU backend does not start.
+    #[error("cannot use the CPU")]
+    Device(#[source] kernels::Error),
+    /// The address is taken or not this machine's.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not an address.
+    #[error("'{0}' is not an address such as localhost:7000")]
+    Address(String),
+    /// Nobody answered.
+    #[error("no coordinator at {address} for {seconds} s: {reason}")]
+    NoCoordinator {
+        /// Where.
+        address: String,
+        /// How long it was tried.
+        seconds: u64,
+        /// How the last try ended.
+        reason: String,
+    },
+    /// The coordinator does not want this worker; its own words.
+    #[error("the coordinator refused this worker: {0}")]
+    Refused(String),
+    /// The coordinator could not prove itself.
+    #[error("the coordinator at {0} does not know this worker's secret")]
+    Secret(String),
+    /// This rank's share does not load.
+    #[error("cannot load the model")]
+    Load(#[source] model::Error),
+}

@@ -1,0 +1,70 @@
+//! One tensor rank: the RPC side around one executor thread.
+//!
+//! A worker joins its coordinator, waits for an assignment, loads its share on a thread of its own, and runs the plans
+//! that come. When its group is lost it waits for the next assignment; when its coordinator is lost it joins again. `tokio`
+//! ends at the channels in front of the executor thread, where everything blocking lives.
+
+mod config;
+mod error;
+mod executor;
+mod join;
+mod load;
+mod session;
+
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+pub use config::WorkerConfig;
+pub use error::WorkerError;
+
+use crate::join::Identity;
+use crate::load::{CpuLoad, Load};
+use crate::session::End;
+
+/// Pauses before a worker joins again that was not of use the last time.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Serves until `shutdown`, or until something is wrong that joining again would not change.
+pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
+    let load = CpuLoad::open(&config)?;
+    let (report, address) = (load.report(), load.address(&config.advertised_host));
+    let identity = Identity {
+        coordinator: config.coordinator,
+        secret: config.secret,
+        collective_address: address,
+        host: config.advertised_host,
+        report,
+        join_timeout: config.join_timeout,
+    };
+    tokio::select! {
+        result = serve(&identity, load) => result,
+        () = shutdown => Ok(()),
+    }
+}
+
+/// Joins again and again; see [`run`].
+async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError> {
+    let load = Arc::new(load);
+    let mut pause = Duration::ZERO;
+    loop {
+        let joined = join::join(identity).await?;
+        info!(coordinator = identity.coordinator, worker = %joined.worker, "joined");
+        match session::serve(joined, load.clone()).await {
+            End::Final(error) => return Err(error),
+            End::Again { reason, served } => {
+                // The first time at once: most likely another process was lost.
+                let wait = if served { Duration::ZERO } else { pause };
+                warn!(reason, ?wait, "joining again");
+                tokio::time::sleep(wait).await;
+                pause = (wait * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! One membership: assignments, plans and outputs, until the worker or the coordinator gives it up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::proto::coordinator_message::Message as Down;
+use cluster::proto::worker_message::Message as Up;
+use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
+use cluster::{Assignment, decode_plan};
+use engine::Epoch;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use crate::WorkerError;
+use crate::executor::{ExecutorThread, Progress};
+use crate::join::{Joined, is_refusal, send};
+use crate::load::Load;
+
+/// Outputs on their way up. One step is in flight at a time.
+const OUTPUTS_BUFFERED: usize = 4;
+/// How long a worker that leaves waits for the coordinator to take note.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Longer reasons are cut: the protocol limits them.
+const REASON_CHARS: usize = 1000;
+
+/// How a membership ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// Joining again may help. `served`: a step was run in it.
+    Again { reason: String, served: bool },
+    /// It would not.
+    Final(WorkerError),
+}
+
+/// Takes part until the end.
+pub(crate) async fn serve<L: Load>(joined: Joined, load: Arc<L>) -> End {
+    let mut membership = Membership { joined, load, latest: Epoch::default(), rank: None, served: false };
+    let end = loop {
+        if let Err(end) = membership.advance().await {
+            break end;
+        }
+    };
+    membership.leave_group().await;
+    end
+}
+
+struct Membership<L> {
+    joined: Joined,
+    load: Arc<L>,
+    /// The highest epoch that was assigned: a lower one is not taken after it.
+    latest: Epoch,
+    rank: Option<Rank>,
+    served: bool,
+}
+
+/// This worker's part in a group.
+struct Rank {
+    epoch: Epoch,
+    thread: ExecutorThread,
+    /// Once the share is loaded.
+    steps: Option<Steps>,
+}
+
+struct Steps {
+    outputs: mpsc::Sender<StepReply>,
+    frames: Streaming<StepFrame>,
+}
+
+/// What a rank hears from either side.
+enum Heard {
+    Progress(Option<Progress>),
+    Frame(Result<Option<StepFrame>, Status>),
+}
+
+impl Rank {
+    async fn hear(&mut self) -> Heard {
+        let Self { thread, steps, .. } = self;
+        let frame = async {
+            match steps {
+                Some(steps) => steps.frames.message().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            progress = thread.progress() => Heard::Progress(progress),
+            frame = frame => Heard::Frame(frame),
+        }
+    }
+}
+
+impl<L: Load> Membership<L> {
+    /// Waits for the next thing to happen, and does what it asks for.
+    async fn advance(&mut self) -> Result<(), End> {
+        let Self { joined, rank, .. } = self;
+        let heard = async {
+            match rank {
+                Some(rank) => (rank.epoch, rank.hear().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            message = joined.down.message() => self.obey(message).await,
+            (epoch, heard) = heard => match heard {
+                Heard::Progress(progress) => self.report(epoch, progress).await,
+                Heard::Frame(frame) => {
+                    self.plan(epoch, frame).await;
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    /// A message of the coordinator.
+    async fn obey(&mut self, message: Result<Option<CoordinatorMessage>, Status>) -> Result<(), End> {
+        let message = match message {
+            Ok(Some(CoordinatorMessage { message: Some(message) })) => message,
+            Ok(Some(CoordinatorMessage { message: None })) => {
+                return Err(self.lost("it sent an empty message"));
+            }
+            Ok(None) => return Err(self.lost("it closed the Join stream")),
+            Err(status) if is_refusal(&status) => {
+                return Err(End::Final(WorkerError::Refused(status.message().to_owned())));
+            }
+            Err(status) if status.code() == Code::Aborted => {
+                let reason = format!("the coordinator sent this worker away: {}", status.message());
+                return Err(End::Again { reason, served: self.served });
+            }
+            Err(status) => return Err(self.lost(status.message())),
+        };
+        match message {
+            Down::Assignment(assignment) => match Assignment::try_from(assignment) {
+                Ok(assignment) => {
+                    self.take(assignment).await;
+                    Ok(())
+                }
+                Err(malformed) => Err(self.lost(&malformed.to_string())),
+            },
+            Down::Abandon(epoch) => {
+                let epoch = Epoch::from(epoch);
+                if self.rank.as_ref().is_some_and(|rank| rank.epoch == epoch) {
+                    info!(%epoch, "the group is abandoned");
+                    self.leave_group().await;
+                }
+                Ok(())
+            }
+            Down::Challenge(_) | Down::Welcome(_) => Err(self.lost("it repeated the handshake")),
+        }
+    }
+
+    /// Begins with the group's next epoch.
+    async fn take(&mut self, assignment: Assignment) {
+        let epoch = assignment.epoch;
+        if epoch <= self.latest {
+            warn!(%epoch, latest = %self.latest, "dropped an assignment of a past epoch");
+            return;
+        }
+        self.leave_group().await;
+        self.latest = epoch;
+        let (rank, width) = (assignment.rank, assignment.members.len());
+        info!(%epoch, rank, width, units = ?assignment.members[rank].units, "assigned");
+        match ExecutorThread::start(self.load.clone(), assignment) {
+            Ok(thread) => self.rank = Some(Rank { epoch, thread, steps: None }),
+            Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}")).await,
+        }
+    }
+
+    /// News of the executor thread.
+    async fn report(&mut self, epoch: Epoch, progress: Option<Progress>) -> Result<(), End> {
+        match progress {
+            Some(Progress::Ready { kv_blocks, weight_bytes }) => {
+                info!(%epoch, kv_blocks, weight_bytes, "loaded");
+                let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
+                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes };
+                send(&self.joined.up, Up::Ready(ready)).await;
+                self.attach(epoch).await;
+            }
+            Some(Progress::Ran(output)) => {
+                self.served = true;
+                let steps = self.rank.as_ref().and_then(|rank| rank.steps.as_ref());
+                if let Some((steps, output)) = steps.zip(output) {
+                    // If the stream has ended, the Join stream tells what follows.
+                    let output = step_reply::Message::Output(output.into());
+                    let _ = steps.outputs.send(StepReply { message: Some(output) }).await;
+                }
+            }
+            Some(Progress::LoadFailed(error)) => {
+                self.fail(epoch, &error.to_string()).await;
+                // Another rank's trouble passes; a share that does not load now does not load later.
+                if !matches!(error, model::Error::Collective(_)) {
+                    self.farewell().await;
+                    return Err(End::Final(WorkerError::Load(error)));
+                }
+            }
+            Some(Progress::StepFailed(error)) => self.fail(epoch, &error.to_string()).await,
+            None => self.fail(epoch, "the executor thread panicked").await,
+        }
+        Ok(())
+    }
+
+    /// Opens the Steps stream of `epoch`.
+    async fn attach(&mut self, epoch: Epoch) {
+        let Joined { worker, session, service, .. } = &mut self.joined;
+        let attach = Attach {
+            worker_id: worker.0,
+            epoch: Some(epoch.into()),
+            proof: session.attach_proof(*worker, epoch),
+        };
+        let (outputs, replies) = mpsc::channel(OUTPUTS_BUFFERED);
+        // The channel is empty, so this does not wait.
+        let _ = outputs.send(StepReply { message: Some(step_reply::Message::Attach(attach)) }).await;
+        match service.steps(ReceiverStream::new(replies)).await {
+            Ok(frames) => {
+                if let Some(rank) = &mut self.rank {
+                    rank.steps = Some(Steps { outputs, frames: frames.into_inner() });
+                }
+            }
+            // The group was lost meanwhile: the Join stream says so.
+            Err(status) if status.code() == Code::FailedPrecondition => {}
+            Err(status) => {
+                self.fail(epoch, &format!("cannot open the Steps stream: {}", status.message())).await
+            }
+        }
+    }
+
+    /// A plan, or the end of plans.
+    async fn plan(&mut self, epoch: Epoch, frame: Result<Option<StepFrame>, Status>) {
+        let Some(rank) = &mut self.rank else { return };
+        let decoded = match frame {
+            Ok(Some(frame)) => decode_plan(frame.plan).map_err(|malformed| malformed.to_string()),
+            Err(status) => Err(status.message().to_owned()),
+            Ok(None) => {
+                // What follows, the Join stream tells.
+                rank.steps = None;
+                return;
+            }
+        };
+        match decoded {
+            Ok(plan) if plan.epoch == epoch => rank.thread.run(plan),
+            Ok(plan) => debug!(epoch = %plan.epoch, "dropped a plan of another epoch"),
+            Err(reason) => self.fail(epoch, &reason).await,
+        }
+    }
+
+    /// Ends this worker's part in its group; on return the share's memory is free.
+    async fn leave_group(&mut self) {
+        if let Some(rank) = self.rank.take() {
+            rank.thread.stop().await;
+        }
+    }
+
+    fn lost(&self, reason: &str) -> End {
+        End::Again { reason: format!("lost the coordinator: {reason}"), served: self.served }
+    }
+
+    /// Tells the coordinator that this worker cannot do its part. If that is news it ends this membership; if the group
+    /// was lost anyway, it has an assignment to come.
+    async fn fail(&mut self, epoch: Epoch, reason: &str) {
+        warn!(%epoch, reason, "failed");
+        let reason = reason.chars().take(REASON_CHARS).collect();
+        send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason })).await;
+        self.leave_group().await;
+    }
+
+    /// Waits until the coordinator has taken note of a failure.
+    async fn farewell(&mut self) {
+        let noted = async { while let Ok(Some(_)) = self.joined.down.message().await {} };
+        if timeout(FAREWELL, noted).await.is_err() {
+            debug!("the coordinator did not take note in time");
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! A worker against a coordinator that the test plays, message by message.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use auth::{Nonce, Secret};
+use cluster::proof::nonce;
+use cluster::proto::cluster_server::{Cluster, ClusterServer};
+use cluster::proto::coordinator_message::Message as Down;
+use cluster::proto::worker_message::Message as Up;
+use cluster::proto::{
+    Challenge, CoordinatorMessage, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
+};
+use cluster::{Assignment, Member, ModelReport, PROTOCOL, Session, WorkerId, encode_plan};
+use comm::AbortHandle;
+use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
+use model::Executor;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::join::Identity;
+use crate::load::Load;
+use crate::{WorkerError, serve};
+
+/// Loads nothing; one instance may exist at a time.
+#[derive(Default)]
+struct FakeLoad {
+    alive: Arc<AtomicUsize>,
+    /// The outcomes of the first loads, the last one first; then they succeed.
+    failures: Mutex<Vec<model::Error>>,
+    /// Steps last until they are aborted.
+    stuck: bool,
+}
+
+struct FakeExecutor {
+    alive: Arc<AtomicUsize>,
+    abort: Option<AbortHandle>,
+    ended: Option<StepOutput>,
+}
+
+impl Load for FakeLoad {
+    type Executor = FakeExecutor;
+
+    fn load(&self, _: &Assignment, abort: AbortHandle) -> Result<FakeExecutor, model::Error> {
+        if let Some(error) = self.failures.lock().unwrap().pop() {
+            return Err(error);
+        }
+        assert_eq!(self.alive.fetch_add(1, Ordering::SeqCst), 0, "the share before is still there");
+        Ok(FakeExecutor { alive: self.alive.clone(), abort: self.stuck.then_some(abort), ended: None })
+    }
+}
+
+impl Executor for FakeExecutor {
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), model::Error> {
+        if let Some(abort) = &self.abort {
+            while !abort.is_aborted() {
+                std::thread::yield_now();
+            }
+            return Err(model::Error::Collective(comm::Error::Aborted));
+        }
+        let token = |slice: &SeqSlice| SampledToken { seq: slice.seq, id: slice.start, logprob: 0.0 };
+        let tokens = plan.slices.iter().map(token).collect();
+        self.ended = Some(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Result<Option<StepOutput>, model::Error> {
+        Ok(self.ended.take())
+    }
+
+    fn kv_blocks(&self) -> usize {
+        17
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        1 << 40
+    }
+}
+
+impl Drop for FakeExecutor {
+    fn drop(&mut self) {
+        self.alive.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The coordinator's end of a stream.
+struct Wire<U, D> {
+    up: Streaming<U>,
+    down: mpsc::Sender<Result<D, Status>>,
+}
+
+type JoinWire = Wire<WorkerMessage, CoordinatorMessage>;
+type StepsWire = Wire<StepReply, StepFrame>;
+
+/// Hands every stream to the test.
+struct Hand {
+    joins: mpsc::Sender<JoinWire>,
+    steps: mpsc::Sender<StepsWire>,
+}
+
+#[tonic::async_trait]
+impl Cluster for Hand {
+    type JoinStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
+    type StepsStream = ReceiverStream<Result<StepFrame, Status>>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let (down, messages) = mpsc::channel(16);
+        self.joins.send(Wire { up: request.into_inner(), down }).await.expect("the test runs");
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+
+    async fn steps(
+        &self,
+        request: Request<Streaming<StepReply>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        let (down, frames) = mpsc::channel(16);
+        self.steps.send(Wire { up: request.into_inner(), down }).await.expect("the test runs");
+        Ok(Response::new(ReceiverStream::new(frames)))
+    }
+}
+
+struct Scene {
+    secret: Secret,
+    joins: mpsc::Receiver<JoinWire>,
+    steps: mpsc::Receiver<StepsWire>,
+    worker: JoinHandle<Result<(), WorkerError>>,
+}
+
+impl Scene {
+    async fn start(load: FakeLoad) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let (joins, joins_receiver) = mpsc::channel(4);
+        let (steps, steps_receiver) = mpsc::channel(4);
+        let server =
+            tonic::transport::Server::builder().add_service(ClusterServer::new(Hand { joins, steps }));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let secret = Secret::random();
+        let identity = identity(&address.to_string(), &secret);
+        let worker = tokio::spawn(async move { serve(&identity, load).await });
+        Self { secret, joins: joins_receiver, steps: steps_receiver, worker }
+    }
+
+    async fn join(&mut self) -> JoinWire {
+        self.joins.recv().await.expect("the worker joins")
+    }
+
+    /// Up to the challenge, proven with `secret`.
+    async fn challenge(&mut self, secret: &Secret) -> (JoinWire, Session) {
+        let mut wire = self.join().await;
+        let Up::Hello(hello) = wire.hear().await else { panic!("no hello") };
+        assert_eq!(hello.protocol, PROTOCOL);
+        let ours = Nonce::random();
+        let session = Session::new(secret.clone(), nonce("nonce", &hello.nonce).expect("a nonce"), ours);
+        let challenge = Challenge { nonce: ours.0.to_vec().into(), proof: session.coordinator_proof() };
+        wire.say(Down::Challenge(challenge)).await;
+        (wire, session)
+    }
+
+    async fn welcome(&mut self) -> (JoinWire, Session) {
+        let secret = self.secret.clone();
+        let (mut wire, session) = self.challenge(&secret).await;
+        let Up::Proof(proof) = wire.hear().await else { panic!("no proof") };
+        assert!(session.verify_worker(&proof));
+        wire.say(Down::Welcome(Welcome { worker_id: 5 })).await;
+        (wire, session)
+    }
+
+    async fn attached(&mut self, session: &Session, counter: u64) -> StepsWire {
+        let mut wire = self.steps.recv().await.expect("the worker attaches");
+        let Some(step_reply::Message::Attach(attach)) = wire.up.message().await.unwrap().unwrap().message
+        else {
+            panic!("no attach")
+        };
+        assert!(session.verify_attach(WorkerId(5), epoch(counter), &attach.proof));
+        wire
+    }
+
+    async fn end(self) -> WorkerError {
+        self.worker.await.expect("no panic").expect_err("an error")
+    }
+}
+
+impl JoinWire {
+    async fn hear(&mut self) -> Up {
+        loop {
+            let message = self.up.message().await.expect("no status").expect("a message").message;
+            match message.expect("a known message") {
+                Up::Heartbeat(_) => {}
+                message => return message,
+            }
+        }
+    }
+
+    async fn say(&self, message: Down) {
+        self.down.send(Ok(CoordinatorMessage { message: Some(message) })).await.expect("the worker listens");
+    }
+
+    async fn assign(&self, counter: u64) {
+        let members = vec![Member { address: "here:1".into(), units: 0..4 }];
+        let assignment = Assignment { epoch: epoch(counter), group: "fake".into(), rank: 0, members };
+        self.say(Down::Assignment(assignment.into())).await;
+    }
+
+    async fn ready(&mut self, counter: u64) {
+        let ready = Ready { epoch: Some(epoch(counter).into()), kv_blocks: 17, weight_bytes: 1 << 40 };
+        assert_eq!(self.hear().await, Up::Ready(ready));
+    }
+}
+
+impl StepsWire {
+    async fn plan(&self, counter: u64, step: u64) {
+        let frame = StepFrame { plan: encode_plan(&plan(counter, step)) };
+        self.down.send(Ok(frame)).await.expect("the worker listens");
+    }
+}
+
+fn identity(coordinator: &str, secret: &Secret) -> Identity {
+    Identity {
+        coordinator: coordinator.into(),
+        secret: secret.clone(),
+        collective_address: "here:1".into(),
+        host: "here".into(),
+        report: ModelReport {
+            name: "fake".into(),
+            vocabulary: 10,
+            max_context: 10,
+            units: 4,
+            block_size: 16,
+            eos: vec![],
+            fingerprint: "fake".into(),
+        },
+        join_timeout: Duration::from_secs(10),
+    }
+}
+
+fn epoch(counter: u64) -> Epoch {
+    Epoch { term: 1, counter }
+}
+
+fn plan(counter: u64, step: u64) -> StepPlan {
+    let slice = SeqSlice {
+        seq: SeqId(3),
+        slot: SlotId(0),
+        start: 9,
+        tokens: vec![1],
+        blocks: vec![BlockId(0)],
+        sampling: None,
+    };
+    StepPlan { epoch: epoch(counter), step: StepId(step), slices: vec![slice] }
+}
+
+#[tokio::test]
+async fn plans_of_the_own_epoch_are_run() {
+    let mut scene = Scene::start(FakeLoad::default()).await;
+    let (mut wire, session) = scene.welcome().await;
+    wire.assign(1).await;
+    wire.ready(1).await;
+    let mut steps = scene.attached(&session, 1).await;
+    steps.plan(0, 0).await;
+    steps.plan(1, 1).await;
+    let reply = steps.up.message().await.expect("no status").expect("a reply");
+    let tokens = vec![SampledToken { seq: SeqId(3), id: 9, logprob: 0.0 }];
+    let output = StepOutput { epoch: epoch(1), step: StepId(1), tokens };
+    assert_eq!(reply.message, Some(step_reply::Message::Output(output.into())));
+}
+
+#[tokio::test]
+async fn an_abandoned_group_is_left_before_the_next_begins() {
+    let mut scene = Scene::start(FakeLoad { stuck: true, ..FakeLoad::default() }).await;
+    let (mut wire, session) = scene.welcome().await;
+    for counter in 1..4 {
+        wire.assign(counter).await;
+        wire.ready(counter).await;
+        let steps = scene.attached(&session, counter).await;
+        steps.plan(counter, 0).await;
+        wire.say(Down::Abandon(epoch(counter).into())).await;
+        // An epoch that is over does not begin again.
+        wire.assign(counter).await;
+    }
+}
+
+#[tokio::test]
+async fn a_share_that_does_not_load_ends_the_worker() {
+    let failures = Mutex::new(vec![model::Error::Option("no room".into())]);
+    let mut scene = Scene::start(FakeLoad { failures, ..FakeLoad::default() }).await;
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign(1).await;
+    let Up::Failed(failed) = wire.hear().await else { panic!("it did not fail") };
+    assert_eq!(failed.reason, "no room");
+    drop(wire);
+    assert!(matches!(scene.end().await, WorkerError::Load(model::Error::Option(_))));
+}
+
+#[tokio::test]
+async fn a_collective_that_does_not_form_is_tried_again() {
+    let aborted = || model::Error::Collective(comm::Error::Aborted);
+    let failures = Mutex::new(vec![aborted(), aborted()]);
+    let mut scene = Scene::start(FakeLoad { failures, ..FakeLoad::default() }).await;
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign(1).await;
+    assert!(matches!(wire.hear().await, Up::Failed(_)));
+    // The coordinator knew already: it has the next assignment ready.
+    wire.assign(2).await;
+    assert!(matches!(wire.hear().await, Up::Failed(_)));
+    // It did not: the worker is sent away, and joins again.
+    wire.down.send(Err(Status::aborted("it failed"))).await.expect("the worker listens");
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign(3).await;
+    wire.ready(3).await;
+}
+
+#[tokio::test]
+async fn a_lost_coordinator_is_joined_again() {
+    let mut scene = Scene::start(FakeLoad::default()).await;
+    let (mut wire, session) = scene.welcome().await;
+    wire.assign(1).await;
+    wire.ready(1).await;
+    let steps = scene.attached(&session, 1).await;
+    drop((wire, steps));
+    // A coordinator that starts anew may count from anywhere.
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign(1).await;
+    wire.ready(1).await;
+}
+
+#[tokio::test]
+async fn a_refusal_is_final() {
+    let mut scene = Scene::start(FakeLoad::default()).await;
+    let wire = scene.join().await;
+    wire.down.send(Err(Status::failed_precondition("another model"))).await.expect("the worker listens");
+    let error = scene.end().await;
+    assert_eq!(error.to_string(), "the coordinator refused this worker: another model");
+}
+
+#[tokio::test]
+async fn a_coordinator_without_the_secret_is_not_obeyed() {
+    let mut scene = Scene::start(FakeLoad::default()).await;
+    let _wire = scene.challenge(&Secret::random()).await;
+    assert!(matches!(scene.end().await, WorkerError::Secret(_)));
+}
+
+#[tokio::test]
+async fn nobody_there_is_said_in_time() {
+    let closed =
+        TcpListener::bind("127.0.0.1:0").await.expect("a free port").local_addr().expect("an address");
+    let mut identity = identity(&closed.to_string(), &Secret::random());
+    identity.join_timeout = Duration::ZERO;
+    let error = serve(&identity, FakeLoad::default()).await.expect_err("nobody is there").to_string();
+    assert!(error.contains("Connection refused"), "{error}");
+    identity.coordinator = "nowhere".into();
+    let error = serve(&identity, FakeLoad::default()).await.expect_err("it is no address").to_string();
+    assert_eq!(error, "'nowhere' is not an address such as localhost:7000");
+}

@@ -1,0 +1,4 @@
+//! What the whole-cluster tests share.
+
+pub mod golden;
+pub mod ranks;

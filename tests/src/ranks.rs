@@ -1,0 +1,73 @@
+//! A group whose ranks are threads of the test, for looking at logits.
+
+use std::path::Path;
+use std::thread;
+
+use anyhow::Result;
+use comm::{MeshCollective, Transport, local_group};
+use engine::{
+    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
+};
+use kernels::{Backend, DType};
+use model::{ModelOptions, ModelSource, SAMPLING_RANK};
+
+/// Options for a test: room for `tokens` tokens of one sequence is enough for every golden prompt.
+pub fn options(dtype: DType) -> ModelOptions {
+    ModelOptions { dtype, kv_dtype: dtype, max_context: None, kv_memory: Some(64 << 20), progress: false }
+}
+
+/// Runs `plans` on `width` ranks and returns the logits of every sampled row, in order.
+pub fn logits<B: Backend>(
+    dir: &Path, options: &ModelOptions, width: usize, backend: impl Fn() -> Result<B> + Sync, plans: &[StepPlan],
+) -> Result<Vec<Vec<f32>>>
+where
+    B::Buffer: kernels::HostBuffer,
+{
+    thread::scope(|scope| {
+        let threads: Vec<_> = local_group(width)
+            .into_iter()
+            .map(|transport| {
+                let backend = &backend;
+                scope.spawn(move || -> Result<Vec<Vec<f32>>> {
+                    let source = ModelSource::open(dir, options.clone())?;
+                    let ranges = rank_ranges(source.config().shape.kv_heads, transport.size())?;
+                    let collective = MeshCollective::new(transport, ranges.clone())?;
+                    let mut executor = source.executor(backend()?, &ranges, collective)?;
+                    let mut all = Vec::new();
+                    for plan in plans {
+                        all.extend(executor.logits(plan)?);
+                    }
+                    Ok(all)
+                })
+            })
+            .collect();
+        let mut results: Vec<_> = threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
+        for result in &results {
+            if let Err(error) = result {
+                return Err(anyhow::anyhow!("a rank failed: {error:#}"));
+            }
+        }
+        results.swap_remove(SAMPLING_RANK)
+    })
+}
+
+/// One sequence, cut into slices that end (exclusively) at `ends`; the last row of each is sampled. Blocks are handed out
+/// backwards, so that no test passes by their being in order.
+pub fn plans(ids: &[u32], ends: &[usize], block_size: usize) -> Vec<StepPlan> {
+    let blocks = ids.len().div_ceil(block_size);
+    let mut start = 0;
+    let mut plans = Vec::new();
+    for (step, &end) in ends.iter().enumerate() {
+        let slice = SeqSlice {
+            seq: SeqId(0),
+            slot: SlotId(0),
+            start: start as u32,
+            tokens: ids[start..end].to_vec(),
+            blocks: (0..blocks as u32).rev().map(BlockId).collect(),
+            sampling: Some(Sampling { params: SamplingParams::GREEDY, position: end as u32 }),
+        };
+        plans.push(StepPlan { epoch: Epoch::default(), step: StepId(step as u64), slices: vec![slice] });
+        start = end;
+    }
+    plans
+}
