@@ -4,10 +4,10 @@
 //! so none is left over.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use auth::Secret;
 use clap::Args;
 use coordinator::{CoordinatorConfig, ModelInfo};
@@ -15,7 +15,7 @@ use engine::rank_ranges;
 use futures_util::future::select_all;
 use kernels::Cpu;
 use model::ModelSource;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::timeout;
 
 use crate::args::ModelArgs;
@@ -40,7 +40,14 @@ pub(crate) struct EmbeddedArgs {
 /// A running cluster.
 pub(crate) struct Embedded {
     service: Service,
-    workers: Vec<Child>,
+    workers: Vec<Worker>,
+}
+
+/// A worker process.
+struct Worker {
+    process: Child,
+    /// What it lives by. Kept apart, since waiting for a process closes the input that it still has.
+    input: ChildStdin,
 }
 
 impl Embedded {
@@ -90,10 +97,10 @@ impl Embedded {
     /// Lets running answers end, then ends the workers; none is left when this returns.
     pub(crate) async fn stop(self) -> Result<()> {
         let stopped = timeout(DRAIN_LIMIT, self.service.stop()).await;
-        for mut worker in self.workers {
-            drop(worker.stdin.take());
-            if timeout(LEAVE_LIMIT, worker.wait()).await.is_err() {
-                worker.kill().await.context("cannot end a worker")?;
+        for Worker { mut process, input } in self.workers {
+            drop(input);
+            if timeout(LEAVE_LIMIT, process.wait()).await.is_err() {
+                process.kill().await.context("cannot end a worker")?;
             }
         }
         // Answers that took longer were cut off with the workers.
@@ -101,7 +108,7 @@ impl Embedded {
     }
 }
 
-fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Child> {
+fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Worker> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(&program);
     command.args(["worker", "--leave-with-stdin", "--coordinator", &coordinator.to_string()]);
@@ -111,23 +118,19 @@ fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, prog
     }
     command.args(args.model.command_line(args.workers)?).env(SECRET_VARIABLE, secret);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
-    command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))
+    let mut process = command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))?;
+    let input = process.stdin.take().context("a worker has no standard input")?;
+    Ok(Worker { process, input })
 }
 
 /// Ends when a worker does, which none should.
-async fn lost_worker(workers: &mut [Child]) -> anyhow::Error {
-    let ends = workers.iter_mut().enumerate().map(|(rank, worker)| Box::pin(async move { (rank, worker.wait().await) }));
-    let ((rank, status), ..) = select_all(ends).await;
-    match worker_error(rank, status) {
-        Ok(()) => anyhow::anyhow!("worker {rank} has left"),
-        Err(error) => error,
+async fn lost_worker(workers: &mut [Worker]) -> anyhow::Error {
+    let ends = workers
+        .iter_mut()
+        .enumerate()
+        .map(|(index, worker)| Box::pin(async move { (index, worker.process.wait().await) }));
+    match select_all(ends).await.0 {
+        (index, Ok(status)) => anyhow!("worker {index} ended ({status}); what it had to say is above"),
+        (index, Err(error)) => anyhow!("cannot watch worker {index}: {error}"),
     }
-}
-
-fn worker_error(rank: usize, status: std::io::Result<ExitStatus>) -> Result<()> {
-    let status = status.with_context(|| format!("cannot watch worker {rank}"))?;
-    if !status.success() {
-        bail!("worker {rank} ended ({status}); a message of its own, if any, is above");
-    }
-    Ok(())
 }

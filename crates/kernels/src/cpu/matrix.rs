@@ -8,7 +8,7 @@ use super::pool::Pool;
 use super::tile::{PANEL, SPAN};
 use crate::{DType, Error, Result, RowBlock, SourceType};
 
-/// A weight `[n, k]` as `⌈n/32⌉` panels (see [`super::tile`]); outputs past `n` have zero weights.
+/// A weight `[n, k]` as `⌈n/32⌉` panels (see `tile`); outputs past `n` have zero weights.
 #[derive(Debug)]
 pub struct Matrix {
     memory: Memory,
