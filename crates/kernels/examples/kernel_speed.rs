@@ -1,6 +1,6 @@
 //! Prints how near the kernels come to what this machine can do in the same seconds.
 //!
-//! `cargo run --release -p phalanx-kernels --example kernel_speed [threads] [path]`: every line is the median of
+//! `cargo run --release -p phalanx-kernels --example kernel_speed [threads] [path] [f32]`: every line is the median of
 //! pairs (a ceiling, then the kernel), so that other work on the machine touches both sides.
 
 use std::sync::OnceLock;
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(name) => {
             Path::available().into_iter().find(|path| path.name() == name).ok_or("no such path here")?
         }
-        None => Path::detect(),
+        None => Path::from_env()?,
     };
     let mut cpu = Cpu::with_path(threads, path)?;
     println!(

@@ -170,3 +170,13 @@ fn paths_have_names() {
         assert_eq!(cpu.threads(), 2);
     }
 }
+
+#[test]
+fn a_backend_moves_to_the_thread_that_drives_it() {
+    fn assert_send<T: Send>() {}
+    fn assert_shared<T: Send + Sync>() {}
+    assert_send::<Cpu>();
+    assert_shared::<<Cpu as Backend>::Buffer>();
+    assert_shared::<<Cpu as Backend>::Matrix>();
+    assert_shared::<<Cpu as Backend>::KvCache>();
+}
