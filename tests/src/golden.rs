@@ -64,7 +64,15 @@ pub fn load(name: &str) -> Golden {
     let metadata: Metadata = serde_json::from_str(&text).expect("golden.json");
     let bytes = fs::read(folder.join("golden.safetensors")).expect("golden.safetensors");
     let tensors = SafeTensors::deserialize(&bytes).expect("golden.safetensors");
-    let words = |name| tensors.tensor(name).expect("tensor").data().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect::<Vec<_>>();
+    let words = |name| {
+        tensors
+            .tensor(name)
+            .expect("tensor")
+            .data()
+            .chunks_exact(4)
+            .map(|b| [b[0], b[1], b[2], b[3]])
+            .collect::<Vec<_>>()
+    };
     let flat: Vec<f32> = words("logits").into_iter().map(f32::from_le_bytes).collect();
     let vocabulary = flat.len() / metadata.positions.len();
     Golden {

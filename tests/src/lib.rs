@@ -1,4 +1,5 @@
 //! What the whole-cluster tests share.
 
 pub mod golden;
+pub mod process;
 pub mod ranks;

@@ -18,7 +18,11 @@ pub fn options(dtype: DType) -> ModelOptions {
 
 /// Runs `plans` on `width` ranks and returns the logits of every sampled row, in order.
 pub fn logits<B: Backend>(
-    dir: &Path, options: &ModelOptions, width: usize, backend: impl Fn() -> Result<B> + Sync, plans: &[StepPlan],
+    dir: &Path,
+    options: &ModelOptions,
+    width: usize,
+    backend: impl Fn() -> Result<B> + Sync,
+    plans: &[StepPlan],
 ) -> Result<Vec<Vec<f32>>>
 where
     B::Buffer: kernels::HostBuffer,
@@ -41,7 +45,8 @@ where
                 })
             })
             .collect();
-        let mut results: Vec<_> = threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
+        let mut results: Vec<_> =
+            threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
         for result in &results {
             if let Err(error) = result {
                 return Err(anyhow::anyhow!("a rank failed: {error:#}"));

@@ -68,7 +68,8 @@ fn logits_are_the_same_bits_at_every_width_and_in_every_cut() {
             let units = model::Config::load(&golden.dir).expect("config").shape.kv_heads;
             for width in 1..=units {
                 let found = cpu_logits(&golden, dtype, width, 1 + width % 3, &cuts);
-                let found: Vec<_> = cuts.iter().zip(found).filter(|(cut, _)| ends.contains(cut)).map(|(_, l)| l).collect();
+                let found: Vec<_> =
+                    cuts.iter().zip(found).filter(|(cut, _)| ends.contains(cut)).map(|(_, l)| l).collect();
                 assert!(found == expected, "{name}, {dtype:?}, width {width}: other bits than width 1");
             }
         }
@@ -84,7 +85,8 @@ fn every_cpu_path_and_the_oracle_agree() {
     for dtype in [DType::F32, DType::Bf16] {
         let oracle = logits(&golden.dir, &options(dtype), 2, || Ok(Oracle), &plans).expect("oracle");
         for path in Path::available() {
-            let found = logits(&golden.dir, &options(dtype), 2, || Ok(Cpu::with_path(1, path)?), &plans).expect("logits");
+            let found = logits(&golden.dir, &options(dtype), 2, || Ok(Cpu::with_path(1, path)?), &plans)
+                .expect("logits");
             let error = relative_error(&found, &oracle);
             println!("{path:?}, {dtype:?}: {error:.2e} from the oracle");
             assert!(error <= if dtype == DType::F32 { 1e-5 } else { 2e-2 }, "{path:?}, {dtype:?}: {error}");
@@ -102,7 +104,10 @@ fn greedy_continuations_are_those_of_transformers() {
         // Each token must be the argmax after all before it, so all 64 hold together.
         let ends: Vec<usize> = (first..all.len()).collect();
         let found = logits(
-            &golden.dir, &options(DType::F32), 3, || Ok(Cpu::new(1)?),
+            &golden.dir,
+            &options(DType::F32),
+            3,
+            || Ok(Cpu::new(1)?),
             &plans(&all, &ends, Cpu::new(1).expect("a CPU").block_size()),
         );
         let chosen: Vec<u32> = found

@@ -71,7 +71,8 @@ fn crates_depend_only_along_the_arrows() {
     let arrows: BTreeMap<_, _> = ARROWS.iter().copied().collect();
     let own: Vec<&str> = arrows.keys().copied().chain(["cli"]).collect();
     for (name, allowed) in arrows {
-        let manifest = fs::read_to_string(root().join("crates").join(name).join("Cargo.toml")).expect("manifest");
+        let manifest =
+            fs::read_to_string(root().join("crates").join(name).join("Cargo.toml")).expect("manifest");
         let dependencies = manifest.split("[dependencies]").nth(1).expect("a [dependencies] table");
         let dependencies = dependencies.split("\n[").next().unwrap_or_default();
         for line in dependencies.lines() {
@@ -89,7 +90,8 @@ fn folders_of_crates_are_the_table() {
         .map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned())
         .collect();
     found.sort();
-    let mut told: Vec<String> = ARROWS.iter().map(|(name, _)| (*name).to_owned()).chain(["cli".into()]).collect();
+    let mut told: Vec<String> =
+        ARROWS.iter().map(|(name, _)| (*name).to_owned()).chain(["cli".into()]).collect();
     told.sort();
     assert_eq!(found, told);
 }

@@ -73,9 +73,11 @@ impl ModelArgs {
 
     /// The same arguments on another command line.
     pub(crate) fn command_line(&self, workers: usize) -> Result<Vec<String>> {
-        let name = |dtype: DTypeArg| dtype.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
+        let name =
+            |dtype: DTypeArg| dtype.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
         let dir = self.dir()?;
-        let dir = dir.to_str().with_context(|| format!("--model {}: the path is not UTF-8", dir.display()))?;
+        let dir =
+            dir.to_str().with_context(|| format!("--model {}: the path is not UTF-8", dir.display()))?;
         let mut line = vec!["--model".to_owned(), dir.to_owned(), "--dtype".into(), name(self.dtype)];
         let mut push = |flag: &str, value: Option<String>| {
             if let Some(value) = value {
@@ -106,7 +108,9 @@ fn bundled_model() -> Result<PathBuf> {
             return Ok(dir.canonicalize().unwrap_or(dir));
         }
     }
-    bail!("the bundled model yi-nano is not where it was built or installed: give a checkpoint with --model DIR")
+    bail!(
+        "the bundled model yi-nano is not where it was built or installed: give a checkpoint with --model DIR"
+    )
 }
 
 /// Bytes, with an optional unit: `K`, `KB` and so on are powers of 1000, `KiB` and so on of 1024.

@@ -99,8 +99,17 @@ impl std::fmt::Display for Figures {
         writeln!(f, "workers {workers} x {threads} threads, batch {batch}, prompt {}", self.prompt_tokens)?;
         writeln!(f, "prefill     {:8.1} tokens/s", self.prefill_tokens_per_second)?;
         writeln!(f, "decode      {:8.2} tokens/s [{low:.2}-{high:.2}]", self.decode_tokens_per_second)?;
-        writeln!(f, "weights     {:8.3} GB a step, {:.1} GB/s", self.weight_bytes_per_step as f64 / 1e9, self.weight_gigabytes_per_second)?;
-        writeln!(f, "this machine{:8.1} GB/s read, measured between the steps", self.read_bandwidth_gigabytes_per_second)?;
+        writeln!(
+            f,
+            "weights     {:8.3} GB a step, {:.1} GB/s",
+            self.weight_bytes_per_step as f64 / 1e9,
+            self.weight_gigabytes_per_second
+        )?;
+        writeln!(
+            f,
+            "this machine{:8.1} GB/s read, measured between the steps",
+            self.read_bandwidth_gigabytes_per_second
+        )?;
         writeln!(f, "share       {:8.3} of the read bandwidth", self.read_bandwidth_share)
     }
 }
@@ -208,14 +217,22 @@ struct Group {
 }
 
 impl Group {
-    fn start(dir: &Path, options: &mut ModelOptions, workers: usize, threads: usize, tokens: usize) -> Result<Self> {
+    fn start(
+        dir: &Path,
+        options: &mut ModelOptions,
+        workers: usize,
+        threads: usize,
+        tokens: usize,
+    ) -> Result<Self> {
         let probe = Cpu::new(1)?;
         let source = ModelSource::open(dir, options.clone())?;
         let report = source.report(&probe);
         let ranges = rank_ranges(report.units as usize, workers)?;
         // Just what the benchmark needs, a block more for each sequence.
         if options.kv_memory.is_none() {
-            options.kv_memory = Some(source.kv_bytes(&probe, tokens + 2 * tokens.next_multiple_of(report.block_size as usize)));
+            options.kv_memory = Some(
+                source.kv_bytes(&probe, tokens + 2 * tokens.next_multiple_of(report.block_size as usize)),
+            );
         }
         let (answer, answers) = mpsc::channel();
         let (loaded, weight_bytes) = mpsc::channel();
@@ -272,7 +289,11 @@ impl Group {
 
 /// Loads one rank, on its own thread.
 fn load(
-    dir: &Path, options: ModelOptions, threads: usize, transport: LocalTransport, ranges: Vec<Range<usize>>,
+    dir: &Path,
+    options: ModelOptions,
+    threads: usize,
+    transport: LocalTransport,
+    ranges: Vec<Range<usize>>,
 ) -> Result<impl Executor> {
     let progress = options.progress && transport.rank() == SAMPLING_RANK;
     let source = ModelSource::open(dir, ModelOptions { progress, ..options })?;

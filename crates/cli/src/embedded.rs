@@ -108,7 +108,12 @@ impl Embedded {
     }
 }
 
-fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Worker> {
+fn spawn_worker(
+    args: &EmbeddedArgs,
+    coordinator: SocketAddr,
+    secret: &str,
+    progress: bool,
+) -> Result<Worker> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(&program);
     command.args(["worker", "--leave-with-stdin", "--coordinator", &coordinator.to_string()]);
@@ -118,7 +123,8 @@ fn spawn_worker(args: &EmbeddedArgs, coordinator: SocketAddr, secret: &str, prog
     }
     command.args(args.model.command_line(args.workers)?).env(SECRET_VARIABLE, secret);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
-    let mut process = command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))?;
+    let mut process =
+        command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))?;
     let input = process.stdin.take().context("a worker has no standard input")?;
     Ok(Worker { process, input })
 }

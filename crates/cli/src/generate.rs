@@ -60,7 +60,11 @@ impl GenerateArgs {
     pub(crate) async fn run(self) -> Result<()> {
         let request = self.sampling.request(self.prompt.prompt()?);
         let json = self.json;
-        self.target.with_client(async |client| if json { print_json(&client, request).await } else { print_text(&client, request).await }).await
+        self.target
+            .with_client(async |client| {
+                if json { print_json(&client, request).await } else { print_text(&client, request).await }
+            })
+            .await
     }
 }
 
@@ -79,7 +83,9 @@ async fn print_text(client: &Client, request: GenerateRequest) -> Result<()> {
             }
             Event::Finished(finished) => {
                 writeln!(out, "{}", finished.text)?;
-                if let (Some(first), Some(usage), true) = (first, finished.usage, std::io::stderr().is_terminal()) {
+                if let (Some(first), Some(usage), true) =
+                    (first, finished.usage, std::io::stderr().is_terminal())
+                {
                     summary(usage, first - started, first.elapsed());
                 }
                 return Ok(());

@@ -20,10 +20,14 @@ pub(crate) struct SecretArgs {
 impl SecretArgs {
     pub(crate) fn secret(&self) -> Result<Secret> {
         let text = match &self.secret_file {
-            Some(path) => std::fs::read_to_string(path).with_context(|| format!("--secret-file {}", path.display()))?,
+            Some(path) => {
+                std::fs::read_to_string(path).with_context(|| format!("--secret-file {}", path.display()))?
+            }
             None => match std::env::var(SECRET_VARIABLE) {
                 Ok(text) => text,
-                Err(_) => bail!("the cluster's secret is missing: set {SECRET_VARIABLE} or give --secret-file FILE"),
+                Err(_) => {
+                    bail!("the cluster's secret is missing: set {SECRET_VARIABLE} or give --secret-file FILE")
+                }
             },
         };
         Ok(Secret::new(text.trim())?)

@@ -43,12 +43,16 @@ pub(crate) fn tokenizer(dir: &Path) -> Result<Option<Arc<Tokenizer>>> {
 impl Service {
     /// Starts both servers on bound listeners.
     pub(crate) fn start(
-        config: CoordinatorConfig, grpc: TcpListener, cluster: TcpListener, tokenizer: Option<Arc<Tokenizer>>,
+        config: CoordinatorConfig,
+        grpc: TcpListener,
+        cluster: TcpListener,
+        tokenizer: Option<Arc<Tokenizer>>,
     ) -> Result<Self> {
         let (grpc_address, cluster_address) = (grpc.local_addr()?, cluster.local_addr()?);
         let (handle, workers) = Coordinator::start(config);
         let stop = CancellationToken::new();
-        let gateway = gateway::serve(grpc, Arc::new(handle.clone()), tokenizer.clone(), stop.clone().cancelled_owned());
+        let gateway =
+            gateway::serve(grpc, Arc::new(handle.clone()), tokenizer.clone(), stop.clone().cancelled_owned());
         let incoming = TcpIncoming::from(cluster).with_nodelay(Some(true));
         let members = Server::builder()
             .http2_keepalive_interval(Some(cluster::KEEP_ALIVE_INTERVAL))

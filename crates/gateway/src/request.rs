@@ -84,7 +84,8 @@ pub(crate) fn check_prompt(
     }
     if let Some(position) = ids.iter().position(|&id| id >= model.vocabulary) {
         let (id, vocabulary) = (ids[position], model.vocabulary);
-        let name = tokenizer.and_then(|t| t.token(id)).map_or_else(String::new, |token| format!(" ({token})"));
+        let name =
+            tokenizer.and_then(|t| t.token(id)).map_or_else(String::new, |token| format!(" ({token})"));
         return Err(Status::invalid_argument(format!(
             "token {position} of the prompt has id {id}{name}, and the model's ids are below {vocabulary}"
         )));

@@ -36,14 +36,18 @@ impl GenerationService {
     fn model(&self) -> Result<ModelInfo, Status> {
         let model = self.engine.model().map_err(engine_status)?;
         if let Some(tokenizer) = &self.tokenizer {
-            tokenizer.check(model.vocabulary).map_err(|error| Status::failed_precondition(error.to_string()))?;
+            tokenizer
+                .check(model.vocabulary)
+                .map_err(|error| Status::failed_precondition(error.to_string()))?;
         }
         Ok(model)
     }
 
     /// The tokenizer, for what cannot do without.
     fn tokenizer(&self) -> Result<&Arc<Tokenizer>, Status> {
-        let missing = || Status::failed_precondition("the checkpoint has no tokenizer.json: give the prompt as token_ids");
+        let missing = || {
+            Status::failed_precondition("the checkpoint has no tokenizer.json: give the prompt as token_ids")
+        };
         self.tokenizer.as_ref().ok_or_else(missing)
     }
 

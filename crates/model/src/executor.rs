@@ -108,7 +108,9 @@ impl Limits {
 
     fn fault(&self, slice: &SeqSlice) -> Option<String> {
         let end = slice.start as usize + slice.tokens.len();
-        let above = |what: &str, found: &dyn Display, limit: usize| Some(format!("{what} {found}, the limit is {limit}"));
+        let above = |what: &str, found: &dyn Display, limit: usize| {
+            Some(format!("{what} {found}, the limit is {limit}"))
+        };
         if slice.tokens.is_empty() {
             return Some("a slice without tokens".into());
         }
@@ -123,7 +125,10 @@ impl Limits {
         }
         let needed = end.div_ceil(self.block_size);
         if slice.blocks.len() < needed {
-            return Some(format!("{} KV blocks for {end} positions, which need {needed}", slice.blocks.len()));
+            return Some(format!(
+                "{} KV blocks for {end} positions, which need {needed}",
+                slice.blocks.len()
+            ));
         }
         None
     }

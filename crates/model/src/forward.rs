@@ -70,7 +70,12 @@ struct Activations<B: Backend> {
 impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     /// `ranges`: the units of every rank of the group.
     pub(crate) fn new(
-        backend: B, collective: C, config: &Config, weights: Weights<B>, kv: B::KvCache, ranges: &[Range<usize>],
+        backend: B,
+        collective: C,
+        config: &Config,
+        weights: Weights<B>,
+        kv: B::KvCache,
+        ranges: &[Range<usize>],
         dtype: DType,
     ) -> Self {
         let dims = Dims::new(config, ranges, collective.rank(), dtype);
@@ -110,7 +115,14 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
             backend.linear_partials(rows, &a.attended, &layer.o, first_unit, tree, &mut a.partials)?;
             collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
 
-            backend.add_rms_norm(rows, &a.reduced, &mut a.residual, &layer.ffn_norm, dims.eps, &mut a.normed)?;
+            backend.add_rms_norm(
+                rows,
+                &a.reduced,
+                &mut a.residual,
+                &layer.ffn_norm,
+                dims.eps,
+                &mut a.normed,
+            )?;
             backend.linear(rows, &a.normed, &layer.gate_up, &mut a.gate_up)?;
             backend.silu_mul(rows, &a.gate_up, &dims.ffn_widths, &mut a.activated)?;
             backend.linear_partials(rows, &a.activated, &layer.down, first_unit, tree, &mut a.partials)?;
@@ -124,7 +136,12 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         backend.gather_rows(&a.residual, sampled, &mut a.last_residual)?;
         backend.gather_rows(&a.reduced, sampled, &mut a.last_reduced)?;
         backend.add_rms_norm(
-            count, &a.last_reduced, &mut a.last_residual, &weights.norm, dims.eps, &mut a.normed,
+            count,
+            &a.last_reduced,
+            &mut a.last_residual,
+            &weights.norm,
+            dims.eps,
+            &mut a.normed,
         )?;
         backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
         collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
@@ -160,7 +177,9 @@ impl Dims {
             hidden: shape.hidden,
             head_dim: d,
             eps: config.rms_norm_eps as f32,
-            frequencies: (0..d / 2).map(|i| libm::pow(config.rope_theta, -2.0 * i as f64 / d as f64)).collect(),
+            frequencies: (0..d / 2)
+                .map(|i| libm::pow(config.rope_theta, -2.0 * i as f64 / d as f64))
+                .collect(),
             dtype,
             tree: Tree { units: all.len() },
             rank,

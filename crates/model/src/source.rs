@@ -113,7 +113,10 @@ impl ModelSource {
 
     /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
     pub fn executor<B: Backend, C: Collective<B::Buffer>>(
-        &self, backend: B, ranges: &[Range<usize>], collective: C,
+        &self,
+        backend: B,
+        ranges: &[Range<usize>],
+        collective: C,
     ) -> Result<ModelExecutor<B, C>> {
         let units = units(&self.config.shape);
         let held = ranges
@@ -123,12 +126,21 @@ impl ModelSource {
             .clone();
         let bar = self.progress_bar(&held);
         let dtype = self.options.dtype;
-        let weights = Weights::load(&backend, &self.config, &self.checkpoint, &units, held.clone(), dtype, &mut || bar.inc(1))?;
+        let weights = Weights::load(
+            &backend,
+            &self.config,
+            &self.checkpoint,
+            &units,
+            held.clone(),
+            dtype,
+            &mut || bar.inc(1),
+        )?;
         bar.finish_and_clear();
 
         let kv_blocks = self.kv_blocks(&backend, held.len())?;
         let shape = &self.config.shape;
-        let kv = backend.kv_cache(shape.layers, held.len(), shape.head_dim, kv_blocks, self.options.kv_dtype)?;
+        let kv =
+            backend.kv_cache(shape.layers, held.len(), shape.head_dim, kv_blocks, self.options.kv_dtype)?;
         let limits = Limits {
             vocabulary: shape.vocab,
             max_context: self.max_context(),
@@ -142,7 +154,8 @@ impl ModelSource {
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
         let shape = &self.config.shape;
-        let block = backend.kv_block_bytes(shape.layers, shape.kv_heads, shape.head_dim, self.options.kv_dtype);
+        let block =
+            backend.kv_block_bytes(shape.layers, shape.kv_heads, shape.head_dim, self.options.kv_dtype);
         (tokens.div_ceil(backend.block_size()) * block) as u64
     }
 
@@ -153,7 +166,8 @@ impl ModelSource {
     /// Blocks of KV cache that this rank can hold.
     fn kv_blocks<B: Backend>(&self, backend: &B, units: usize) -> Result<usize> {
         let shape = &self.config.shape;
-        let block_bytes = backend.kv_block_bytes(shape.layers, units, shape.head_dim, self.options.kv_dtype) as u64;
+        let block_bytes =
+            backend.kv_block_bytes(shape.layers, units, shape.head_dim, self.options.kv_dtype) as u64;
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {
@@ -167,7 +181,9 @@ impl ModelSource {
                 backend.block_size(),
             ))),
             Ok(blocks) => Ok(blocks as usize),
-            Err(_) => Err(Error::Option(format!("--kv-memory: {blocks} blocks are more than can be numbered"))),
+            Err(_) => {
+                Err(Error::Option(format!("--kv-memory: {blocks} blocks are more than can be numbered")))
+            }
         }
     }
 

@@ -46,7 +46,12 @@ pub(crate) fn ffn_width(unit: &Unit) -> usize {
 impl<B: Backend> Weights<B> {
     /// Loads the units of `held`; `progress` is called after each of [`Self::parts`] parts.
     pub(crate) fn load(
-        backend: &B, config: &Config, checkpoint: &Checkpoint, units: &[Unit], held: Range<usize>, dtype: DType,
+        backend: &B,
+        config: &Config,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        held: Range<usize>,
+        dtype: DType,
         progress: &mut dyn FnMut(),
     ) -> Result<Self> {
         let tree = Tree { units: units.len() };
@@ -61,7 +66,11 @@ impl<B: Backend> Weights<B> {
             .map(|index| loader.layer(index).inspect(|_| progress()))
             .collect::<Result<_>>()?;
         let norm = loader.vector(Tensor::Norm)?;
-        let head = loader.units.iter().map(|u| loader.rows(&[(Tensor::Head, u.vocab.clone())], 0)).collect::<Result<_>>()?;
+        let head = loader
+            .units
+            .iter()
+            .map(|u| loader.rows(&[(Tensor::Head, u.vocab.clone())], 0))
+            .collect::<Result<_>>()?;
         progress();
         Ok(Self { embedding, layers, norm, head })
     }
@@ -91,7 +100,8 @@ impl<B: Backend> Loader<'_, B> {
         let tensor = |part| Tensor::Layer(index, part);
         let d = self.config.shape.head_dim;
         let columns = |heads: &Range<usize>| heads.start * d..heads.end * d;
-        let each = |load: &dyn Fn(&Unit) -> Result<B::Matrix>| self.units.iter().map(load).collect::<Result<_>>();
+        let each =
+            |load: &dyn Fn(&Unit) -> Result<B::Matrix>| self.units.iter().map(load).collect::<Result<_>>();
         Ok(Layer {
             attention_norm: self.vector(tensor(LayerTensor::AttentionNorm))?,
             qkv: each(&|unit| {
@@ -134,7 +144,8 @@ impl<B: Backend> Loader<'_, B> {
         let slices = parts
             .iter()
             .map(|(tensor, rows)| {
-                let mut slice = Slice::read(self.checkpoint, *tensor, rows.clone(), self.config.shape.hidden)?;
+                let mut slice =
+                    Slice::read(self.checkpoint, *tensor, rows.clone(), self.config.shape.hidden)?;
                 slice.rows += padding;
                 slice.bytes.resize(slice.rows * slice.cols * slice.dtype.size(), 0);
                 Ok(slice)
@@ -145,7 +156,11 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// For each unit a matrix of a run of a tensor's columns, with some columns of zeros behind it.
-    fn columns(&self, tensor: Tensor, run: impl Fn(&Unit) -> (Range<usize>, usize)) -> Result<Vec<B::Matrix>> {
+    fn columns(
+        &self,
+        tensor: Tensor,
+        run: impl Fn(&Unit) -> (Range<usize>, usize),
+    ) -> Result<Vec<B::Matrix>> {
         let dtype = self.checkpoint.dtype(tensor)?;
         let rows = self.config.shape.hidden;
         let (runs, paddings): (Vec<_>, Vec<_>) = self.units.iter().map(run).unzip();
