@@ -14,7 +14,7 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
-use rustix::process::{Pid, kill_process};
+use rustix::process::{Pid, getpgid, kill_process};
 
 /// Nothing here takes so long, unless it hangs.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -31,7 +31,12 @@ impl Program {
         static STARTS: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}-", std::process::id(), STARTS.fetch_add(1, Ordering::Relaxed));
         let mut command = Command::new(self.0);
-        command.args(args).env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(args)
+            .env(MARK, &mark)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         for variable in ["PHALANX_MODEL", "PHALANX_SECRET", "RUST_LOG"] {
             command.env_remove(variable);
         }
@@ -171,6 +176,19 @@ impl Phalanx {
         marked(&self.mark).into_iter().filter(|p| p.args.contains(" worker --leave-with-stdin")).collect()
     }
 
+    /// Waits until it has started so many worker processes.
+    pub fn wait_for_workers(&self, count: usize) -> Vec<Process> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let workers = self.workers();
+            if workers.len() >= count {
+                return workers;
+            }
+            assert!(Instant::now() < deadline, "only {} of {count} workers start", workers.len());
+            sleep(POLL);
+        }
+    }
+
     /// Ends everything at once; returns what was said on the standard error.
     fn kill(&mut self) -> String {
         let _ = self.child.kill();
@@ -237,12 +255,19 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let _ = kill_process(self.pid, signal);
     }
+
+    /// Whether it is the first of a process group of its own.
+    pub fn leads_its_group(&self) -> bool {
+        getpgid(Some(self.pid)).is_ok_and(|group| group == self.pid)
+    }
 }
 
 /// All processes with a mark in their environment. One that has ended, but was not waited for, has none any more.
 fn marked(mark: &str) -> Vec<Process> {
     let entry = format!("{MARK}={mark}");
-    let pids = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let pids = fs::read_dir("/proc")
+        .expect("/proc")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let process = |pid: i32| {
         let folder = Path::new("/proc").join(pid.to_string());
         let environment = fs::read(folder.join("environ")).ok()?;

@@ -22,6 +22,8 @@ use crate::args::ModelArgs;
 use crate::secret::SECRET_VARIABLE;
 use crate::service::{self, Service};
 
+/// Enough to show that workers step together.
+const DEFAULT_WORKERS: usize = 2;
 /// How long answers that still run may take once this process is to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// How long a worker may take to leave before it is killed.
@@ -32,9 +34,9 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) struct EmbeddedArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) workers: usize,
+    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
 }
 
 /// A running cluster.
@@ -56,19 +58,21 @@ impl Embedded {
         let dir = args.model.dir()?;
         // A worker would say the same, but later and from another process.
         let report = ModelSource::open(&dir, args.model.options(false))?.report(&Cpu::new(1)?);
-        rank_ranges(report.units as usize, args.workers).context("--workers")?;
+        let width = args.workers.unwrap_or(DEFAULT_WORKERS.min(report.units as usize));
+        rank_ranges(report.units as usize, width).context("--workers")?;
         let tokenizer = service::tokenizer(&dir)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check(report.vocabulary).with_context(|| dir.display().to_string())?;
         }
 
         let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
-        let config = CoordinatorConfig::new(args.workers, Secret::new(&secret)?);
+        let config = CoordinatorConfig::new(width, Secret::new(&secret)?);
         let grpc = service::listen("--grpc", grpc).await?;
         let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
         let service = Service::start(config, grpc, cluster, tokenizer)?;
-        let workers = (0..args.workers)
-            .map(|rank| spawn_worker(args, service.cluster, &secret, rank == 0))
+        let model = args.model.command_line(width)?;
+        let workers = (0..width)
+            .map(|index| spawn_worker(&model, service.cluster, &secret, index == 0))
             .collect::<Result<_>>()?;
         Ok(Self { service, workers })
     }
@@ -108,12 +112,7 @@ impl Embedded {
     }
 }
 
-fn spawn_worker(
-    args: &EmbeddedArgs,
-    coordinator: SocketAddr,
-    secret: &str,
-    progress: bool,
-) -> Result<Worker> {
+fn spawn_worker(model: &[String], coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Worker> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(&program);
     command.args(["worker", "--leave-with-stdin", "--coordinator", &coordinator.to_string()]);
@@ -121,8 +120,9 @@ fn spawn_worker(
     if progress {
         command.arg("--progress");
     }
-    command.args(args.model.command_line(args.workers)?).env(SECRET_VARIABLE, secret);
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
+    command.args(model).env(SECRET_VARIABLE, secret);
+    // A group of its own: Ctrl-C in a terminal is for this process, which then ends its workers.
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0).kill_on_drop(true);
     let mut process =
         command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))?;
     let input = process.stdin.take().context("a worker has no standard input")?;

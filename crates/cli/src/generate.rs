@@ -146,7 +146,6 @@ fn reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
-        FinishReason::Cancelled => "cancelled",
         FinishReason::Unspecified => "unspecified",
     }
 }

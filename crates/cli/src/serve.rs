@@ -13,7 +13,7 @@ use crate::args::ModelArgs;
 use crate::embedded::{Embedded, EmbeddedArgs};
 use crate::secret::SecretArgs;
 use crate::service::{self, Service};
-use crate::signals;
+use crate::signals::Signals;
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
@@ -72,24 +72,25 @@ pub(crate) struct WorkerArgs {
     /// Draw a progress bar while loading
     #[arg(long)]
     progress: bool,
-    /// End when the standard input does, and with nothing else: for workers that another process starts
+    /// End when the standard input does: for workers that another process starts
     #[arg(long, hide = true)]
     leave_with_stdin: bool,
 }
 
 impl ServeArgs {
     pub(crate) async fn run(self) -> Result<()> {
+        let mut signals = Signals::listen()?;
         let mut cluster = Embedded::start(&self.cluster, self.grpc).await?;
-        let served = serve_until_signal(&mut cluster).await;
+        let served = serve_until(&mut cluster, &mut signals).await;
         cluster.stop().await?;
         served
     }
 }
 
-async fn serve_until_signal(cluster: &mut Embedded) -> Result<()> {
+async fn serve_until(cluster: &mut Embedded, signals: &mut Signals) -> Result<()> {
     tokio::select! {
         biased;
-        () = signals::shutdown() => return Ok(()),
+        () = signals.shutdown() => return Ok(()),
         ready = cluster.ready() => {
             let model = ready?;
             println!("serving {} on {} workers at {}", model.name, model.ranks, cluster.address());
@@ -97,13 +98,14 @@ async fn serve_until_signal(cluster: &mut Embedded) -> Result<()> {
     }
     tokio::select! {
         biased;
-        () = signals::shutdown() => Ok(()),
+        () = signals.shutdown() => Ok(()),
         result = cluster.run(std::future::pending()) => result,
     }
 }
 
 impl CoordinatorArgs {
     pub(crate) async fn run(self) -> Result<()> {
+        let mut signals = Signals::listen()?;
         let dir = crate::args::model_dir(self.model.as_ref())?;
         let tokenizer = service::tokenizer(&dir)?;
         let config = CoordinatorConfig {
@@ -124,7 +126,7 @@ impl CoordinatorArgs {
             }
             tokio::select! {
                 biased;
-                () = signals::shutdown() => break,
+                () = signals.shutdown() => break,
                 changed = state.changed() => changed?,
             }
         }
@@ -146,12 +148,9 @@ impl WorkerArgs {
         };
         if self.leave_with_stdin {
             leave_with_stdin();
-            // Ctrl-C reaches every process of a terminal: the one that started this decides.
-            tokio::spawn(async { while tokio::signal::ctrl_c().await.is_ok() {} });
-            Ok(worker::run(config, std::future::pending()).await?)
-        } else {
-            Ok(worker::run(config, signals::shutdown()).await?)
         }
+        let mut signals = Signals::listen()?;
+        Ok(worker::run(config, signals.shutdown()).await?)
     }
 }
 

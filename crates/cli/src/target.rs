@@ -7,7 +7,7 @@ use clap::Args;
 use client::Client;
 
 use crate::embedded::{Embedded, EmbeddedArgs};
-use crate::signals;
+use crate::signals::Signals;
 
 #[derive(Debug, Args)]
 pub(crate) struct TargetArgs {
@@ -21,11 +21,12 @@ pub(crate) struct TargetArgs {
 impl TargetArgs {
     /// Does `work` with a client; Ctrl-C ends it early, and a cluster of this command's own is gone afterwards either way.
     pub(crate) async fn with_client(self, work: impl AsyncFnOnce(Client) -> Result<()>) -> Result<()> {
+        let mut signals = Signals::listen()?;
         if let Some(address) = self.server {
             let client = Client::connect(&address).await?;
             return tokio::select! {
                 biased;
-                () = signals::shutdown() => Ok(()),
+                () = signals.shutdown() => Ok(()),
                 result = work(client) => result,
             };
         }
@@ -33,7 +34,7 @@ impl TargetArgs {
         let address = cluster.address().to_string();
         let result = tokio::select! {
             biased;
-            () = signals::shutdown() => Ok(()),
+            () = signals.shutdown() => Ok(()),
             result = async {
                 cluster.ready().await?;
                 let client = Client::connect(&address).await?;

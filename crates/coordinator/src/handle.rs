@@ -6,8 +6,8 @@ use engine::Request;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::api::{Engine, EngineError, ModelInfo, Submission};
+use crate::command::Command;
 use crate::group::State;
-use crate::leader::Command;
 
 /// A running coordinator. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
 use cluster::{ModelReport, Session, WorkerId, encode_plan};
 use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
 
 use crate::api::{EngineError, ModelInfo, Submission};
+use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
 use crate::group::{Effect, Group, Standing, State};
 use crate::handle::CoordinatorHandle;
@@ -23,44 +23,6 @@ use crate::service::ClusterService;
 
 /// Commands that wait for the leader; more hold up whoever sends them.
 const COMMANDS: usize = 256;
-/// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
-pub(crate) const PLANS_BUFFERED: usize = 4;
-
-/// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
-pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
-/// What a Steps stream carries down.
-pub(crate) type PlanSender = mpsc::Sender<Result<StepFrame, Status>>;
-
-/// What the leader is asked or told.
-#[derive(Debug)]
-pub(crate) enum Command {
-    /// From a handle: start a request.
-    Submit { request: Request, reply: oneshot::Sender<Result<Submission, EngineError>> },
-    /// A worker has proven that it knows the secret.
-    Join {
-        address: String,
-        report: ModelReport,
-        session: Session,
-        down: JoinSender,
-        reply: oneshot::Sender<Result<WorkerId, Status>>,
-    },
-    /// It has loaded its share.
-    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32 },
-    /// It could not load, or not run a step.
-    Failed { worker: WorkerId, epoch: Epoch, reason: String },
-    /// Its Join stream has ended.
-    Left { worker: WorkerId, reason: String },
-    /// It opens a Steps stream.
-    Attach {
-        worker: WorkerId,
-        epoch: Epoch,
-        proof: Bytes,
-        plans: PlanSender,
-        reply: oneshot::Sender<Result<(), Status>>,
-    },
-    /// It answers a plan.
-    Output { worker: WorkerId, epoch: Epoch, output: StepOutput },
-}
 
 /// Makes coordinators.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 //! the group, so that nothing here is locked: RPC streams and handles send it commands, and it answers on channels.
 
 pub mod api;
+mod command;
 mod config;
 mod group;
 mod handle;

@@ -19,8 +19,8 @@ use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
+use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
-use crate::leader::{Command, JoinSender, PLANS_BUFFERED};
 
 /// A stranger may not keep a stream open for longer without proving itself.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,7 +1,7 @@
 //! Which requests can be served at all: whatever is wrong with one is said before it waits.
 
 use crate::Request;
-use crate::scheduler::SchedulerConfig;
+use crate::config::SchedulerConfig;
 
 /// Why a request is refused. The messages go to the client.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]

@@ -6,6 +6,7 @@
 
 mod admission;
 mod block_pool;
+mod config;
 mod ids;
 mod plan;
 mod request;
@@ -14,8 +15,9 @@ mod sequence;
 mod shard;
 
 pub use admission::AdmitError;
+pub use config::SchedulerConfig;
 pub use ids::{BlockId, Epoch, SeqId, SlotId, StepId};
 pub use plan::{SampledToken, Sampling, SeqSlice, StepOutput, StepPlan};
 pub use request::{Event, FinishReason, Request, SamplingParams, Usage};
-pub use scheduler::{Load, OutputError, Scheduler, SchedulerConfig};
+pub use scheduler::{Load, OutputError, Scheduler};
 pub use shard::{ModelShape, ShardError, Unit, rank_ranges, units};

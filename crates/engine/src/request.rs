@@ -40,8 +40,6 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens`, or the model's context, was reached.
     Length,
-    /// The client hung up.
-    Cancelled,
 }
 
 /// Token counts of a finished request.

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use crate::admission::{AdmitError, admit};
 use crate::block_pool::BlockPool;
+use crate::config::SchedulerConfig;
 use crate::sequence::{Running, Sequence};
 use crate::{
     Epoch, Event, Request, SampledToken, Sampling, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan,
@@ -16,34 +17,6 @@ use crate::{
 
 #[cfg(test)]
 mod tests;
-
-/// Limits of a group and of its batches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SchedulerConfig {
-    /// KV blocks that every rank has.
-    pub blocks: u32,
-    /// Tokens of a block; 0 counts as 1.
-    pub block_size: u32,
-    /// Tokens that prompt and answer may have together.
-    pub max_context: u32,
-    /// Ids are below this.
-    pub vocabulary: u32,
-    /// Rows of a step; 0 counts as 1.
-    pub max_batch_tokens: u32,
-    /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
-    pub max_sequences: u32,
-}
-
-impl SchedulerConfig {
-    /// Blocks that `tokens` tokens need.
-    pub fn blocks_for(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.block_size.max(1) as usize)
-    }
-
-    fn slots(&self) -> u32 {
-        self.max_sequences.min(self.max_batch_tokens).max(1)
-    }
-}
 
 /// An output that no correct rank would send. The group cannot be trusted; the scheduler is as it was before.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

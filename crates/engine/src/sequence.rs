@@ -2,7 +2,7 @@
 
 use crate::admission::{AdmitError, room};
 use crate::block_pool::BlockTable;
-use crate::scheduler::SchedulerConfig;
+use crate::config::SchedulerConfig;
 use crate::{FinishReason, Request, SamplingParams, SeqId, SlotId, Usage};
 
 /// A request's tokens and when they end; all that is needed to compute it anew.

@@ -95,7 +95,6 @@ impl Answer {
         let reason = match reason {
             FinishReason::Stop => proto::FinishReason::Stop,
             FinishReason::Length => proto::FinishReason::Length,
-            FinishReason::Cancelled => proto::FinishReason::Cancelled,
         };
         let usage =
             proto::Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens };

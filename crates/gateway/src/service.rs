@@ -46,7 +46,7 @@ impl GenerationService {
     /// The tokenizer, for what cannot do without.
     fn tokenizer(&self) -> Result<&Arc<Tokenizer>, Status> {
         let missing = || {
-            Status::failed_precondition("the checkpoint has no tokenizer.json: give the prompt as token_ids")
+            Status::failed_precondition("the checkpoint has no tokenizer.json: give the prompt as token ids")
         };
         self.tokenizer.as_ref().ok_or_else(missing)
     }

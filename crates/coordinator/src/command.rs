@@ -1,0 +1,49 @@
+//! What the leader is asked or told, by handles and by workers' streams.
+
+use bytes::Bytes;
+use cluster::proto::{CoordinatorMessage, StepFrame};
+use cluster::{ModelReport, Session, WorkerId};
+use engine::{Epoch, Request, StepOutput};
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use crate::api::{EngineError, Submission};
+
+/// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
+pub(crate) const PLANS_BUFFERED: usize = 4;
+
+/// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
+pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
+/// What a Steps stream carries down.
+pub(crate) type PlanSender = mpsc::Sender<Result<StepFrame, Status>>;
+
+/// What the leader is asked or told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// From a handle: start a request.
+    Submit { request: Request, reply: oneshot::Sender<Result<Submission, EngineError>> },
+    /// A worker has proven that it knows the secret.
+    Join {
+        address: String,
+        report: ModelReport,
+        session: Session,
+        down: JoinSender,
+        reply: oneshot::Sender<Result<WorkerId, Status>>,
+    },
+    /// It has loaded its share.
+    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32 },
+    /// It could not load, or not run a step.
+    Failed { worker: WorkerId, epoch: Epoch, reason: String },
+    /// Its Join stream has ended.
+    Left { worker: WorkerId, reason: String },
+    /// It opens a Steps stream.
+    Attach {
+        worker: WorkerId,
+        epoch: Epoch,
+        proof: Bytes,
+        plans: PlanSender,
+        reply: oneshot::Sender<Result<(), Status>>,
+    },
+    /// It answers a plan.
+    Output { worker: WorkerId, epoch: Epoch, output: StepOutput },
+}

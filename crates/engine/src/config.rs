@@ -1,0 +1,30 @@
+//! The limits that requests are held against and steps are planned in.
+
+/// Limits of a group and of its batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// KV blocks that every rank has.
+    pub blocks: u32,
+    /// Tokens of a block; 0 counts as 1.
+    pub block_size: u32,
+    /// Tokens that prompt and answer may have together.
+    pub max_context: u32,
+    /// Ids are below this.
+    pub vocabulary: u32,
+    /// Rows of a step; 0 counts as 1.
+    pub max_batch_tokens: u32,
+    /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
+    pub max_sequences: u32,
+}
+
+impl SchedulerConfig {
+    /// Blocks that `tokens` tokens need.
+    pub fn blocks_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.block_size.max(1) as usize)
+    }
+
+    /// Seats of the running batch.
+    pub(crate) fn slots(&self) -> u32 {
+        self.max_sequences.min(self.max_batch_tokens).max(1)
+    }
+}
