@@ -24,6 +24,8 @@ use crate::args::ModelArgs;
 
 /// Memory that the bandwidth is measured on: far more than any cache.
 const BANDWIDTH_BYTES: usize = 1 << 30;
+/// More sequences, or tokens of one, are a slip of the keyboard; their products stay far from overflow.
+const MAX_COUNT: usize = 1 << 20;
 /// Rows of a prefill chunk, as the scheduler's.
 const PREFILL_CHUNK: usize = 512;
 /// The bandwidth is measured about this often between the decode steps.
@@ -115,8 +117,14 @@ impl std::fmt::Display for Figures {
 }
 
 fn step(args: &StepArgs) -> Result<Figures> {
-    if args.batch == 0 || args.prompt_tokens == 0 || args.decode_tokens == 0 {
-        bail!("--batch, --prompt-tokens and --decode-tokens must be at least 1");
+    for (flag, count) in [
+        ("--batch", args.batch),
+        ("--prompt-tokens", args.prompt_tokens),
+        ("--decode-tokens", args.decode_tokens),
+    ] {
+        if count == 0 || count > MAX_COUNT {
+            bail!("{flag} {count}: from 1 to {MAX_COUNT} are allowed");
+        }
     }
     let dir = args.model.dir()?;
     let threads = args.model.threads(args.workers);
