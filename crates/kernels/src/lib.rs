@@ -6,10 +6,14 @@
 pub mod backend;
 pub mod cpu;
 pub mod oracle;
+pub mod sample;
 mod shape;
 pub mod tree;
 
-pub use backend::{Backend, Batch, DType, Error, HostBuffer, Partial, Result, RowBlock, Slice, SourceType};
+pub use backend::{
+    Backend, Batch, DType, Error, HostBuffer, Partial, Result, RowBlock, SampledRow, Slice, SourceType, Step,
+};
 pub use cpu::Cpu;
 pub use oracle::Oracle;
+pub use sample::{Choice, Draw};
 pub use tree::Tree;

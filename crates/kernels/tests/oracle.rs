@@ -3,8 +3,10 @@
 
 mod common;
 
-use common::{Device, Random, Sequences, assert_close, block, bytes, cpus, weight};
-use kernels::{Backend, Batch, DType, HostBuffer, Oracle, Partial, Slice, SourceType, Tree};
+use common::{
+    Device, Random, Sequences, assert_close, block, bytes, cpus, ids_step, run, sampled_step, step, weight,
+};
+use kernels::{Backend, Batch, DType, Draw, HostBuffer, Oracle, Partial, Slice, SourceType, Tree};
 
 const TYPES: [(DType, DType, SourceType); 6] = [
     (DType::F32, DType::F32, SourceType::F32),
@@ -39,7 +41,7 @@ fn linear_of_ragged_shapes() {
                 for rows in [1, 2, 3, 5, 12, 13, 29] {
                     let n = [1, 15, 16, 17, 33, 64];
                     let what = format!("{} {types:?} {rows} × {k}", cpu.path());
-                    let want = linear(&mut Oracle, types, rows, k, &n);
+                    let want = linear(&mut Oracle::default(), types, rows, k, &n);
                     assert_close(&linear(cpu, types, rows, k, &n), &want, 1e-4, &what);
                 }
             }
@@ -51,7 +53,7 @@ fn linear_of_ragged_shapes() {
 fn linear_of_many_rows() {
     for cpu in &mut cpus() {
         for types in [TYPES[0], TYPES[4]] {
-            let want = linear(&mut Oracle, types, 700, 1100, &[200]);
+            let want = linear(&mut Oracle::default(), types, 700, 1100, &[200]);
             assert_close(&linear(cpu, types, 700, 1100, &[200]), &want, 3e-4, cpu.path());
         }
     }
@@ -91,7 +93,7 @@ fn linear_partials_of_uneven_units() {
             for (units, held) in [(1, 0..1), (4, 0..4), (8, 1..7), (7, 2..7), (5, 4..5)] {
                 for rows in [1, 7, 40] {
                     let what = format!("{} {types:?} units {held:?} of {units}, {rows} rows", cpu.path());
-                    let want = partials(&mut Oracle, types, rows, units, held.clone());
+                    let want = partials(&mut Oracle::default(), types, rows, units, held.clone());
                     assert_close(&partials(cpu, types, rows, units, held.clone()), &want, 2e-4, &what);
                 }
             }
@@ -103,7 +105,8 @@ fn embedded<B: Device>(backend: &mut B, dtype: DType, source: SourceType) -> Vec
     let data = bytes(&Random::new(5).row(10 * 37), source);
     let table = backend.table(block(&data, source, 10, 37), 20, dtype).unwrap();
     let mut out = backend.filled(DType::F32, &vec![vec![9.0; 37]; 6]);
-    backend.embed(&[20, 29, 30, 19, 0, 25], &table, &mut out).unwrap();
+    let step = ids_step(backend, &[20, 29, 30, 19, 0, 25]);
+    run(backend, &step, |backend| backend.embed(&step, &table, &mut out));
     B::rows(&out, 6)
 }
 
@@ -112,7 +115,7 @@ fn embed_gives_rows_or_zeros() {
     for cpu in &mut cpus() {
         for dtype in [DType::F32, DType::Bf16] {
             for source in [SourceType::F32, SourceType::F16, SourceType::Bf16] {
-                assert_eq!(embedded(cpu, dtype, source), embedded(&mut Oracle, dtype, source));
+                assert_eq!(embedded(cpu, dtype, source), embedded(&mut Oracle::default(), dtype, source));
             }
         }
     }
@@ -139,7 +142,7 @@ fn norms_of_any_width() {
         for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
             for cols in [1, 7, 16, 33, 64, 100, 2048] {
                 for rows in [1, 3, 40] {
-                    let want = norms(&mut Oracle, compute, rows, cols);
+                    let want = norms(&mut Oracle::default(), compute, rows, cols);
                     assert_close(&norms(cpu, compute, rows, cols), &want, tolerance, cpu.path());
                 }
             }
@@ -162,7 +165,7 @@ fn silu_mul_of_odd_widths() {
     for cpu in &mut cpus() {
         for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
             for widths in [&[1][..], &[5, 3, 17], &[129, 128], &[64, 64, 64, 65]] {
-                let want = gated(&mut Oracle, compute, 9, widths);
+                let want = gated(&mut Oracle::default(), compute, 9, widths);
                 assert_close(&gated(cpu, compute, 9, widths), &want, tolerance, cpu.path());
             }
         }
@@ -186,15 +189,17 @@ fn turned<B: Device>(backend: &mut B) -> Vec<Vec<f32>> {
     let frequencies: Vec<f64> = (0..64).map(|i| 5e6f64.powf(-f64::from(i) / 64.0)).collect();
     let slice = |start: usize, len: usize| Slice { start, len, blocks: vec![0; (start + len).div_ceil(64)] };
     let batch = Batch { slices: vec![slice(0, 3), slice(199_990, 40), slice(511, 2)] };
-    let mut out = backend.buffer(DType::F32, batch.rows(), 128).unwrap();
-    backend.rope_table(&batch, &frequencies, &mut out).unwrap();
-    B::rows(&out, batch.rows())
+    let rows = batch.rows();
+    let step = step(backend, batch);
+    let mut out = backend.buffer(DType::F32, step.rows, 128).unwrap();
+    run(backend, &step, |backend| backend.rope_table(&step, &frequencies, &mut out));
+    B::rows(&out, rows)
 }
 
 #[test]
 fn rope_far_out() {
     for cpu in &mut cpus() {
-        assert_close(&turned(cpu), &turned(&mut Oracle), 1e-7, cpu.path());
+        assert_close(&turned(cpu), &turned(&mut Oracle::default()), 1e-7, cpu.path());
     }
 }
 
@@ -204,7 +209,8 @@ fn gathered_rows_are_copies() {
         for dtype in [DType::F32, DType::Bf16] {
             let x = cpu.filled(dtype, &Random::new(1).rows(5, 19));
             let mut out = cpu.buffer(dtype, 4, 19).unwrap();
-            cpu.gather_rows(&x, &[4, 0, 4, 2], &mut out).unwrap();
+            let step = sampled_step(cpu, 5, &[4, 0, 4, 2].map(|row| (row, Draw::GREEDY)));
+            run(cpu, &step, |cpu| cpu.gather_sampled(&step, &x, &mut out));
             assert_eq!(<kernels::Cpu as Device>::rows(&out, 4), [x.row(4), x.row(0), x.row(4), x.row(2)]);
         }
     }
@@ -219,7 +225,7 @@ const ATTENTION: [(DType, DType, f32); 4] = [
 ];
 
 fn assert_attention(sequences: &Sequences, steps: &[Vec<(usize, usize)>], tolerance: f32) {
-    let want = sequences.run(&mut Oracle, steps);
+    let want = sequences.run(&mut Oracle::default(), steps);
     for cpu in &mut cpus() {
         let got = sequences.run(cpu, steps);
         for (sequence, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -277,8 +283,8 @@ fn attention_over_several_spans() {
 
 #[test]
 fn the_oracle_shares_its_memory_too() {
-    let mut buffer = Oracle.buffer(DType::F32, 1, 2).unwrap();
+    let mut buffer = Oracle::default().buffer(DType::F32, 1, 2).unwrap();
     buffer.as_f32_mut().unwrap()[1] = 3.0;
-    assert_eq!(Oracle.read_row(&buffer, 0), Ok(vec![0.0, 3.0]));
-    assert!(Oracle.buffer(DType::Bf16, 1, 2).unwrap().as_f32().is_none());
+    assert_eq!(Oracle::default().read_row(&buffer, 0), Ok(vec![0.0, 3.0]));
+    assert!(Oracle::default().buffer(DType::Bf16, 1, 2).unwrap().as_f32().is_none());
 }

@@ -3,10 +3,11 @@
 
 mod common;
 
-use common::{Device, block, cpus};
+use common::{Device, block, cpus, ids_step, sampled_step, step};
 use kernels::cpu::Path;
 use kernels::{
-    Backend, Batch, Cpu, DType, Error, HostBuffer, Oracle, Partial, Result, Slice, SourceType, Tree,
+    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, Oracle, Partial, Result, Slice, SourceType, Step,
+    Tree,
 };
 
 fn assert_shape<T>(result: Result<T>) {
@@ -40,9 +41,9 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.read_row(&b.buffer(DType::Bf16, 2, 4).unwrap(), 0));
 
     let table = b.table(f32s(4, 4), 0, DType::F32).unwrap();
-    assert_shape(b.embed(&[0, 1, 2], &table, &mut buffer(b, 2, 4)));
-    assert_shape(b.embed(&[0], &table, &mut buffer(b, 2, 5)));
-    assert_shape(b.embed(&[0], &table, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    assert_shape(b.embed(&ids_step(b, &[0, 1, 2]), &table, &mut buffer(b, 2, 4)));
+    assert_shape(b.embed(&ids_step(b, &[0]), &table, &mut buffer(b, 2, 5)));
+    assert_shape(b.embed(&ids_step(b, &[0]), &table, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
 
     let (weight, long) = (buffer(b, 1, 4), buffer(b, 1, 5));
     assert_shape(b.rms_norm(3, &small, &weight, 1e-5, &mut buffer(b, 3, 4)));
@@ -66,7 +67,7 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.linear_partials(2, &buffer(b, 2, 8), &weights, 0, tree, &mut partial(b, 0..2, 3)));
 
     let batch = |slices: &[Slice]| Batch { slices: slices.to_vec() };
-    let good = batch(&[slice(0, 2, &[0])]);
+    let good = step(b, batch(&[slice(0, 2, &[0])]));
     assert_shape(b.rope_table(&good, &[1.0; 3], &mut buffer(b, 2, 4)));
     assert_shape(b.rope_table(&good, &[1.0; 2], &mut buffer(b, 1, 4)));
 
@@ -80,12 +81,13 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
         batch(&[slice(0, 2, &[3])]),
         batch(&[slice(0, 201, &[0, 1, 2, 0])]),
     ];
-    for batch in &bad {
+    for batch in bad {
+        let batch = &Step::new(vec![0; batch.rows()], batch, Vec::new());
         assert_shape(b.rope_write_kv(batch, &qkv, &rope, 0, &mut kv, &mut q));
         assert_shape(b.attend(batch, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)));
     }
     // Two slices must not write one block, but may read it.
-    let shared = batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]);
+    let shared = Step::new(vec![0; 2], batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]), Vec::new());
     assert_shape(b.rope_write_kv(&shared, &qkv, &rope, 0, &mut kv, &mut q));
     b.attend(&shared, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)).unwrap();
     assert_shape(b.rope_write_kv(&good, &qkv, &rope, 2, &mut kv, &mut q));
@@ -99,19 +101,27 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
 
     assert_shape(b.silu_mul(2, &small, &[2, 1], &mut buffer(b, 2, 3)));
     assert_shape(b.silu_mul(2, &small, &[1, 1], &mut buffer(b, 2, 3)));
-    assert_shape(b.gather_rows(&small, &[2], &mut buffer(b, 2, 4)));
-    assert_shape(b.gather_rows(&small, &[0, 0, 0], &mut buffer(b, 2, 4)));
-    assert_shape(b.gather_rows(&small, &[0], &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    let sampled = |b: &B, rows: &[usize]| {
+        sampled_step(b, 2, &rows.iter().map(|&r| (r, Draw::GREEDY)).collect::<Vec<_>>())
+    };
+    assert_shape(b.gather_sampled(&sampled(b, &[2]), &small, &mut buffer(b, 2, 4)));
+    assert_shape(b.gather_sampled(&sampled(b, &[0, 0, 0]), &small, &mut buffer(b, 2, 4)));
+    assert_shape(b.gather_sampled(&sampled(b, &[0]), &small, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    assert_shape(b.sample(&sampled(b, &[0, 1]), &buffer(b, 1, 4)));
+    assert_shape(b.sample(&sampled(b, &[0]), &buffer(b, 1, 0)));
+    assert_shape(b.choices());
+    let hollow = Step { rows: 1, ..sampled(b, &[0]) };
+    assert_shape(b.embed(&hollow, &table, &mut buffer(b, 2, 4)));
 }
 
 #[test]
 fn every_backend_rejects_bad_sizes() {
-    rejects_bad_sizes(&mut Oracle);
+    rejects_bad_sizes(&mut Oracle::default());
     cpus().iter_mut().for_each(rejects_bad_sizes);
 }
 
 fn accepts_nothing<B: Device>(b: &mut B) {
-    let empty = Batch::default();
+    let empty = Step::new(Vec::new(), Batch::default(), Vec::new());
     let mut f32s = b.buffer(DType::F32, 0, 8).unwrap();
     let other = b.buffer(DType::F32, 0, 8).unwrap();
     let mut kv = b.kv_cache(1, 1, 4, 0, DType::F32).unwrap();
@@ -120,13 +130,13 @@ fn accepts_nothing<B: Device>(b: &mut B) {
     let qkv = b.buffer(DType::F32, 0, 16).unwrap();
     b.rope_write_kv(&empty, &qkv, &b.buffer(DType::F32, 0, 4).unwrap(), 0, &mut kv, &mut f32s).unwrap();
     b.attend(&empty, &other, 0, &kv, 1.0, &mut f32s).unwrap();
-    b.gather_rows(&other, &[], &mut f32s).unwrap();
+    b.gather_sampled(&empty, &other, &mut f32s).unwrap();
     b.silu_mul(0, &other, &[4], &mut b.buffer(DType::F32, 0, 4).unwrap()).unwrap();
 }
 
 #[test]
 fn a_step_without_rows_does_nothing() {
-    accepts_nothing(&mut Oracle);
+    accepts_nothing(&mut Oracle::default());
     cpus().iter_mut().for_each(accepts_nothing);
 }
 

@@ -22,8 +22,6 @@ use crate::weights::Weights;
 const KERNEL_VERSION: u32 = 1;
 /// Without a limit of its own, the KV cache has room for this many full contexts, memory allowing.
 const DEFAULT_CONTEXTS: usize = 4;
-/// Nor does it then take more than this part of the memory that is available.
-const DEFAULT_MEMORY_SHARE: u64 = 4;
 
 /// How a model is to be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +32,7 @@ pub struct ModelOptions {
     pub kv_dtype: DType,
     /// Tokens of context; `None`: what the model was made for.
     pub max_context: Option<usize>,
-    /// Bytes of this rank's KV cache; `None`: four contexts, at most a quarter of the memory available.
+    /// Bytes of this rank's KV cache; `None`: four contexts, as far as the device has room.
     pub kv_memory: Option<u64>,
     /// Draw a progress bar while loading.
     pub progress: bool,
@@ -172,7 +170,7 @@ impl ModelSource {
             Some(bytes) => bytes / block_bytes,
             None => {
                 let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(backend.block_size());
-                (wanted as u64).min(available_memory() / DEFAULT_MEMORY_SHARE / block_bytes)
+                (wanted as u64).min(backend.kv_budget()? / block_bytes)
             }
         };
         match u32::try_from(blocks) {
@@ -214,14 +212,4 @@ fn identity(config: &Config, checkpoint: &Checkpoint) -> Result<String> {
     // One row of the embedding, for models whose norms are all ones.
     hash.update(checkpoint.read(Tensor::Embedding, 0..1, 0..config.shape.hidden)?);
     Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Bytes of memory that can be had without swapping (`MemAvailable` of Linux); 4 GiB where the system does not tell.
-fn available_memory() -> u64 {
-    let told = || {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
-    told().map_or(4 << 30, |kib| kib << 10)
 }
