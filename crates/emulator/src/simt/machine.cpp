@@ -131,6 +131,9 @@ u32 meet_block(Meeting kind, bool vote, Place place) {
     }
     // Others may have waited only for this one.
     for (WarpMeeting& meeting : warp.meetings) {
+        if (warp.pending == 0) {
+            break;
+        }
         if (meeting.arrived != 0 && meeting.arrived == (meeting.mask & warp.live)) {
             complete(warp, meeting);
         }
@@ -177,9 +180,6 @@ static void begin_block(Machine& m) {
         Warp& warp = block.warps[w];
         warp.live = warp.ready = size == WARP ? ~0u : (1u << size) - 1;
         warp.first = m.threads[w * WARP + lanes[0]].get();
-        for (WarpMeeting& meeting : warp.meetings) {
-            meeting.arrived = 0;
-        }
         for (u32 lane : lanes) {
             *link = m.threads[w * WARP + lane].get();
             link = &(*link)->next;

@@ -105,7 +105,8 @@ struct Warp {
     u32 live = 0;   // lanes that have not returned
     u32 ready = 0;  // lanes that can run
     Thread* first = nullptr;
-    WarpMeeting meetings[WARP];  // by the lowest lane of the mask
+    WarpMeeting meetings[WARP];
+    u32 pending = 0;  // meetings at which lanes wait
 
     u64 value[WARP];   // what each lane brings to a shuffle or ballot
     u32 source[WARP];  // the lane whose value it wants

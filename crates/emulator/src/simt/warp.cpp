@@ -41,26 +41,27 @@ static void multiply(MmaOperands& operands) {
     }
 }
 
+// Others than `lanes` may not have read their last result yet: theirs must stay.
+template <class F> static void for_each_lane(u32 lanes, F f) {
+    for (u32 left = lanes; left != 0; left &= left - 1) {
+        f(static_cast<u32>(__builtin_ctz(left)));
+    }
+}
+
 void complete(Warp& warp, WarpMeeting& meeting) {
     u32 lanes = meeting.arrived;
     switch (meeting.kind) {
         case Meeting::Shuffle:
-            for (u32 lane = 0; lane < WARP; lane++) {
+            for_each_lane(lanes, [&](u32 lane) {
                 u32 source = warp.source[lane];
                 // The value of a lane that takes no part is undefined: all ones, a NaN.
                 warp.result[lane] = lanes >> source & 1 ? warp.value[source] : ~0ull;
-            }
+            });
             break;
         case Meeting::Ballot: {
             u32 votes = 0;
-            for (u32 lane = 0; lane < WARP; lane++) {
-                votes |= static_cast<u32>((lanes >> lane & 1) != 0 && warp.value[lane] != 0) << lane;
-            }
-            for (u32 lane = 0; lane < WARP; lane++) {
-                if (lanes >> lane & 1) {
-                    warp.result[lane] = static_cast<u64>(lanes) << 32 | votes;
-                }
-            }
+            for_each_lane(lanes, [&](u32 lane) { votes |= static_cast<u32>(warp.value[lane] != 0) << lane; });
+            for_each_lane(lanes, [&](u32 lane) { warp.result[lane] = static_cast<u64>(lanes) << 32 | votes; });
             break;
         }
         case Meeting::Mma:
@@ -73,7 +74,25 @@ void complete(Warp& warp, WarpMeeting& meeting) {
             break;
     }
     meeting.arrived = 0;
+    warp.pending--;
     warp.ready |= lanes;
+}
+
+// The meeting of the lanes in `mask`, or a free one for it. Nearly always it is the first: that of the whole warp.
+static WarpMeeting& find_meeting(Warp& warp, u32 mask) {
+    WarpMeeting* free = nullptr;
+    for (WarpMeeting& meeting : warp.meetings) {
+        if (meeting.arrived != 0 && meeting.mask == mask) {
+            return meeting;
+        }
+        if (meeting.arrived == 0 && free == nullptr) {
+            free = &meeting;
+            if (warp.pending == 0) {
+                break;
+            }
+        }
+    }
+    return *free;  // there are as many as lanes, and the calling lane is in none
 }
 
 void meet_warp(Meeting kind, u32 mask, Place place) {
@@ -83,13 +102,14 @@ void meet_warp(Meeting kind, u32 mask, Place place) {
     if (!(mask & lane)) {
         fail_at(place, "%s with the mask %08x, which does not name the lane that calls (%u)", name_of(kind), mask, self.lane);
     }
-    WarpMeeting& meeting = warp.meetings[__builtin_ctz(mask)];
+    WarpMeeting& meeting = find_meeting(warp, mask);
     if (meeting.arrived == 0) {
         meeting.kind = kind;
         meeting.mask = mask;
-    } else if (meeting.kind != kind || meeting.mask != mask) {
-        fail_at(place, "%s with the mask %08x, but other lanes of the warp are at %s with the mask %08x", name_of(kind), mask,
-                name_of(meeting.kind), meeting.mask);
+        warp.pending++;
+    } else if (meeting.kind != kind) {
+        fail_at(place, "%s with the mask %08x, but other lanes of this mask are at %s", name_of(kind), mask,
+                name_of(meeting.kind));
     }
     meeting.arrived |= lane;
     self.place = place;
