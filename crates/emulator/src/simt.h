@@ -17,6 +17,7 @@ extern "C" int printf(const char* format, ...);
 #define __host__
 #define __global__
 #define __constant__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One copy for each OS thread: blocks run on it one after another, all threads of a block on the same one.
