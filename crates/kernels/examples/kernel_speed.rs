@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use kernels::cpu::{Path, read_bandwidth};
-use kernels::{Backend, Batch, Cpu, DType, Partial, RowBlock, Slice, SourceType, Step, Tree};
+use kernels::{Backend, Batch, Cpu, DType, KvShape, Partial, RowBlock, Slice, SourceType, Step, Tree};
 
 const ROUNDS: usize = 7;
 
@@ -112,7 +112,8 @@ fn attention(cpu: &mut Cpu, dtype: DType) -> kernels::Result<()> {
     let cols = UNITS * GROUP * HEAD;
     let blocks: Vec<u32> = (0..1024).collect();
     let layers = 8;
-    let mut kv = cpu.kv_cache(layers, UNITS, HEAD, blocks.len(), dtype)?;
+    let mut kv =
+        cpu.kv_cache(KvShape { layers, units: UNITS, group: GROUP, head_dim: HEAD, dtype }, blocks.len())?;
     fill(cpu, &mut kv, layers, &blocks, dtype)?;
     let scale = 0.088;
     for context in [512, 2048, 8192] {

@@ -86,6 +86,14 @@ pub enum Error {
     /// The device cannot do this at all.
     #[error("{0}")]
     Unsupported(String),
+    /// The device failed: nothing on it can be relied on.
+    #[error("the device failed in {what}: {why}")]
+    Device {
+        /// What was being done.
+        what: String,
+        /// The device's own words.
+        why: String,
+    },
 }
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -119,6 +127,21 @@ impl Batch {
     pub fn positions(&self) -> impl Iterator<Item = usize> + '_ {
         self.slices.iter().flat_map(|s| s.start..s.start + s.len)
     }
+}
+
+/// One rank's share of a paged KV cache, but for the number of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: usize,
+    /// KV heads.
+    pub units: usize,
+    /// Query heads that share one KV head.
+    pub group: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Of keys and values.
+    pub dtype: DType,
 }
 
 /// A row whose logits are wanted, and how to choose from them.
@@ -183,7 +206,7 @@ pub trait Backend {
     type KvCache;
 
     /// The instruction path, for example `avx512-bf16`: part of a group's fingerprint, since bits differ by path.
-    fn path(&self) -> &'static str;
+    fn path(&self) -> &str;
 
     // ---- memory
 
@@ -200,17 +223,10 @@ pub trait Backend {
     fn vector(&self, block: RowBlock<'_>) -> Result<Self::Buffer>;
     /// Bytes that a matrix takes, all of which a decode step reads.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
-    /// Paged KV of `units` KV heads in `layers` layers: `blocks` blocks.
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<Self::KvCache>;
+    /// A paged KV cache of `blocks` blocks. A backend serves one at a time: the steps that follow are for this one.
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<Self::KvCache>;
     /// Bytes that one block takes, all layers together.
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize;
+    fn kv_block_bytes(&self, shape: KvShape) -> usize;
     /// Copies one row of an f32 buffer to the host, when all that was begun before has ended.
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
     /// Bytes that a KV cache may take where the user sets no limit.
@@ -223,11 +239,12 @@ pub trait Backend {
         Step::new(ids, batch, sampled)
     }
 
-    /// Runs the ops of a step, all of which are called in `body`; a GPU may record them and later replay the record without calling
-    /// `body`, for steps of the same sizes. Returns when they are under way. `reset` forgets all records.
+    /// Runs the ops of a step, all of which are called in `body`, and returns when they are under way. Where `record` allows it, a GPU
+    /// may record them and, for later steps of the same sizes, replay the record without calling `body`.
     fn run<E: From<Error>>(
         &mut self,
         _step: &Step,
+        _record: bool,
         mut body: impl FnMut(&mut Self) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         body(self)

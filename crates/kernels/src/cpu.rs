@@ -31,7 +31,7 @@ use self::path::Vectors;
 use self::pool::Pool;
 use crate::sample::sample;
 use crate::shape::{self, Dims, KvDims};
-use crate::{Backend, Choice, DType, Error, HostBuffer, Partial, Result, RowBlock, Step, Tree};
+use crate::{Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, Step, Tree};
 
 /// A KV cache takes at most this part of the available memory, unless the user says otherwise.
 const KV_MEMORY_SHARE: u64 = 4;
@@ -99,7 +99,7 @@ impl Backend for Cpu {
     type Table = Table;
     type KvCache = KvCache;
 
-    fn path(&self) -> &'static str {
+    fn path(&self) -> &str {
         self.vectors.path().name()
     }
 
@@ -135,20 +135,13 @@ impl Backend for Cpu {
         matrix.bytes()
     }
 
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<KvCache> {
-        shape::kv_cache(head_dim)?;
-        KvCache::zeroed(KvDims { layers, units, head_dim, blocks, dtype })
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<KvCache> {
+        shape::kv_cache(shape.head_dim)?;
+        KvCache::zeroed(KvDims::new(shape, blocks))
     }
 
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize {
-        KvDims { layers, units, head_dim, blocks: 1, dtype }.block_bytes()
+    fn kv_block_bytes(&self, shape: KvShape) -> usize {
+        KvDims::new(shape, 1).block_bytes()
     }
 
     fn read_row(&self, buffer: &Buffer, row: usize) -> Result<Vec<f32>> {

@@ -10,8 +10,8 @@ use half::{bf16, f16};
 use crate::sample::sample;
 use crate::shape::{self, BLOCK, Dims, KvDims};
 use crate::{
-    Backend, Choice, DType, Error, HostBuffer, Partial, Result, RowBlock, SampledRow, Slice, SourceType,
-    Step, Tree,
+    Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow, Slice,
+    SourceType, Step, Tree,
 };
 
 /// The reference backend.
@@ -114,7 +114,7 @@ impl Backend for Oracle {
     type Table = OracleTable;
     type KvCache = OracleKvCache;
 
-    fn path(&self) -> &'static str {
+    fn path(&self) -> &str {
         "oracle"
     }
 
@@ -149,22 +149,15 @@ impl Backend for Oracle {
         matrix.n * matrix.k * matrix.dtype.size()
     }
 
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<OracleKvCache> {
-        shape::kv_cache(head_dim)?;
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<OracleKvCache> {
+        shape::kv_cache(shape.head_dim)?;
+        let KvShape { layers, units, head_dim, .. } = shape;
         let empty = vec![0.0; layers * blocks * units * BLOCK * head_dim];
-        let dims = KvDims { layers, units, head_dim, blocks, dtype };
-        Ok(OracleKvCache { dims, keys: empty.clone(), values: empty })
+        Ok(OracleKvCache { dims: KvDims::new(shape, blocks), keys: empty.clone(), values: empty })
     }
 
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize {
-        2 * layers * units * BLOCK * head_dim * dtype.size()
+    fn kv_block_bytes(&self, shape: KvShape) -> usize {
+        2 * shape.layers * shape.units * BLOCK * shape.head_dim * shape.dtype.size()
     }
 
     fn read_row(&self, buffer: &OracleBuffer, row: usize) -> Result<Vec<f32>> {

@@ -1,6 +1,6 @@
 //! The ops' preconditions on sizes, checked alike by every backend.
 
-use crate::{Batch, DType, Error, Result, RowBlock, Step, Tree};
+use crate::{Batch, DType, Error, KvShape, Result, RowBlock, Step, Tree};
 use std::ops::Range;
 
 /// Tokens of a KV block.
@@ -25,6 +25,13 @@ pub(crate) struct KvDims {
     pub head_dim: usize,
     pub blocks: usize,
     pub dtype: DType,
+}
+
+impl KvDims {
+    pub(crate) fn new(shape: KvShape, blocks: usize) -> Self {
+        let KvShape { layers, units, head_dim, dtype, .. } = shape;
+        Self { layers, units, head_dim, blocks, dtype }
+    }
 }
 
 /// An op by name, which its errors carry.
@@ -109,6 +116,17 @@ pub(crate) fn kv_cache(head_dim: usize) -> Result<()> {
 /// [`crate::Backend::read_row`].
 pub(crate) fn read_row(buffer: Dims, row: usize) -> Result<()> {
     Op("read_row").f32_matrix("buffer", buffer, row.saturating_add(1), buffer.cols)
+}
+
+/// [`crate::Backend::run`] of a backend that looks into the step before its ops do.
+#[cfg(feature = "cuda")]
+pub(crate) fn step(step: &Step) -> Result<()> {
+    let op = Op("run");
+    op.rows(step)?;
+    op.require(step.ids.len() == step.batch.rows(), || {
+        format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
+    })?;
+    op.batch(&step.batch, u32::MAX as usize)
 }
 
 /// [`crate::Backend::embed`].

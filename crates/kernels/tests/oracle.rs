@@ -3,10 +3,9 @@
 
 mod common;
 
-use common::{
-    Device, Random, Sequences, assert_close, block, bytes, cpus, ids_step, run, sampled_step, step, weight,
-};
-use kernels::{Backend, Batch, DType, Draw, HostBuffer, Oracle, Partial, Slice, SourceType, Tree};
+use common::ops::{embedded, gated, linear, norms, partials, turned};
+use common::{Device, Random, Sequences, assert_close, cpus, run, sampled_step};
+use kernels::{Backend, DType, Draw, HostBuffer, Oracle, SourceType};
 
 const TYPES: [(DType, DType, SourceType); 6] = [
     (DType::F32, DType::F32, SourceType::F32),
@@ -16,22 +15,6 @@ const TYPES: [(DType, DType, SourceType); 6] = [
     (DType::Bf16, DType::Bf16, SourceType::Bf16),
     (DType::Bf16, DType::F32, SourceType::F32),
 ];
-
-fn linear<B: Device>(
-    backend: &mut B,
-    types: (DType, DType, SourceType),
-    rows: usize,
-    k: usize,
-    n: &[usize],
-) -> Vec<Vec<f32>> {
-    let (compute, dtype, source) = types;
-    let mut random = Random::new((rows * 7919 + k) as u64);
-    let x = backend.filled(compute, &random.rows(rows, k));
-    let weights: Vec<_> = n.iter().map(|&n| weight(backend, n, k, source, dtype, &mut random)).collect();
-    let mut out = backend.buffer(DType::F32, rows, n.iter().sum()).unwrap();
-    backend.linear(rows, &x, &weights, &mut out).unwrap();
-    B::rows(&out, rows)
-}
 
 #[test]
 fn linear_of_ragged_shapes() {
@@ -59,33 +42,6 @@ fn linear_of_many_rows() {
     }
 }
 
-fn partials<B: Device>(
-    backend: &mut B,
-    types: (DType, DType, SourceType),
-    rows: usize,
-    units: usize,
-    held: std::ops::Range<usize>,
-) -> Vec<Vec<f32>> {
-    let (compute, dtype, source) = types;
-    let (tree, n) = (Tree { units }, 45);
-    let mut random = Random::new(units as u64);
-    let widths: Vec<usize> = (0..units).map(|unit| 2 + (unit * 254) % 700).collect();
-    let all = random.rows(rows, widths.iter().sum());
-    let weights: Vec<_> = widths.iter().map(|&k| weight(backend, n, k, source, dtype, &mut random)).collect();
-    let weights: Vec<_> = weights.into_iter().skip(held.start).take(held.len()).collect();
-    let first: usize = widths[..held.start].iter().sum();
-    let last: usize = widths[..held.end].iter().sum();
-    let x: Vec<Vec<f32>> = all.iter().map(|row| row[first..last].to_vec()).collect();
-    let x = backend.filled(compute, &x);
-    let mut partials: Vec<_> = tree
-        .subtrees(&held)
-        .into_iter()
-        .map(|units| Partial { units, sum: backend.buffer(DType::F32, rows, n).unwrap() })
-        .collect();
-    backend.linear_partials(rows, &x, &weights, held.start, tree, &mut partials).unwrap();
-    partials.iter().flat_map(|partial| B::rows(&partial.sum, rows)).collect()
-}
-
 #[test]
 fn linear_partials_of_uneven_units() {
     for cpu in &mut cpus() {
@@ -93,21 +49,12 @@ fn linear_partials_of_uneven_units() {
             for (units, held) in [(1, 0..1), (4, 0..4), (8, 1..7), (7, 2..7), (5, 4..5)] {
                 for rows in [1, 7, 40] {
                     let what = format!("{} {types:?} units {held:?} of {units}, {rows} rows", cpu.path());
-                    let want = partials(&mut Oracle::default(), types, rows, units, held.clone());
-                    assert_close(&partials(cpu, types, rows, units, held.clone()), &want, 2e-4, &what);
+                    let want = partials(&mut Oracle::default(), types, 2, rows, units, held.clone());
+                    assert_close(&partials(cpu, types, 2, rows, units, held.clone()), &want, 2e-4, &what);
                 }
             }
         }
     }
-}
-
-fn embedded<B: Device>(backend: &mut B, dtype: DType, source: SourceType) -> Vec<Vec<f32>> {
-    let data = bytes(&Random::new(5).row(10 * 37), source);
-    let table = backend.table(block(&data, source, 10, 37), 20, dtype).unwrap();
-    let mut out = backend.filled(DType::F32, &vec![vec![9.0; 37]; 6]);
-    let step = ids_step(backend, &[20, 29, 30, 19, 0, 25]);
-    run(backend, &step, |backend| backend.embed(&step, &table, &mut out));
-    B::rows(&out, 6)
 }
 
 #[test]
@@ -119,21 +66,6 @@ fn embed_gives_rows_or_zeros() {
             }
         }
     }
-}
-
-fn norms<B: Device>(backend: &mut B, compute: DType, rows: usize, cols: usize) -> Vec<Vec<f32>> {
-    let mut random = Random::new(cols as u64);
-    let x = backend.filled(DType::F32, &random.rows(rows, cols));
-    let mut residual = backend.filled(DType::F32, &random.rows(rows, cols));
-    let data = bytes(&random.row(cols), SourceType::Bf16);
-    let weight = backend.vector(block(&data, SourceType::Bf16, 1, cols)).unwrap();
-    let mut out = backend.buffer(compute, rows, cols).unwrap();
-    backend.rms_norm(rows, &x, &weight, 1e-5, &mut out).unwrap();
-    let mut all = B::rows(&out, rows);
-    backend.add_rms_norm(rows, &x, &mut residual, &weight, 1e-5, &mut out).unwrap();
-    all.extend(B::rows(&out, rows));
-    all.extend(B::rows(&residual, rows));
-    all
 }
 
 #[test]
@@ -148,16 +80,6 @@ fn norms_of_any_width() {
             }
         }
     }
-}
-
-fn gated<B: Device>(backend: &mut B, compute: DType, rows: usize, widths: &[usize]) -> Vec<Vec<f32>> {
-    let total: usize = widths.iter().sum();
-    let mut values = Random::new(total as u64).rows(rows, 2 * total);
-    values.iter_mut().flatten().for_each(|x| *x *= 20.0);
-    let gate_up = backend.filled(DType::F32, &values);
-    let mut out = backend.buffer(compute, rows, total).unwrap();
-    backend.silu_mul(rows, &gate_up, widths, &mut out).unwrap();
-    B::rows(&out, rows)
 }
 
 #[test]
@@ -183,17 +105,6 @@ fn silu_mul_at_the_ends_of_the_range() {
         let want = [0.0, 0.0, 0.0, 0.0, 90.0, 200.0, 1e30];
         assert_close(&[out.row(0)], &[want.to_vec()], 1e-6, cpu.path());
     }
-}
-
-fn turned<B: Device>(backend: &mut B) -> Vec<Vec<f32>> {
-    let frequencies: Vec<f64> = (0..64).map(|i| 5e6f64.powf(-f64::from(i) / 64.0)).collect();
-    let slice = |start: usize, len: usize| Slice { start, len, blocks: vec![0; (start + len).div_ceil(64)] };
-    let batch = Batch { slices: vec![slice(0, 3), slice(199_990, 40), slice(511, 2)] };
-    let rows = batch.rows();
-    let step = step(backend, batch);
-    let mut out = backend.buffer(DType::F32, step.rows, 128).unwrap();
-    run(backend, &step, |backend| backend.rope_table(&step, &frequencies, &mut out));
-    B::rows(&out, rows)
 }
 
 #[test]

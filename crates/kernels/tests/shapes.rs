@@ -6,8 +6,8 @@ mod common;
 use common::{Device, block, cpus, ids_step, sampled_step, step};
 use kernels::cpu::Path;
 use kernels::{
-    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, Oracle, Partial, Result, Slice, SourceType, Step,
-    Tree,
+    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, KvShape, Oracle, Partial, Result, Slice, SourceType,
+    Step, Tree,
 };
 
 fn assert_shape<T>(result: Result<T>) {
@@ -16,6 +16,10 @@ fn assert_shape<T>(result: Result<T>) {
         Err(other) => panic!("another error: {other}"),
         Ok(_) => panic!("accepted"),
     }
+}
+
+fn kv_shape(layers: usize, head_dim: usize) -> KvShape {
+    KvShape { layers, units: 1, group: 2, head_dim, dtype: DType::F32 }
 }
 
 fn slice(start: usize, len: usize, blocks: &[u32]) -> Slice {
@@ -33,8 +37,8 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.matrix(&[block(&data[..7], SourceType::F32, 1, 2)], DType::F32));
     assert_shape(b.table(block(&data, SourceType::F32, 1, 2), 0, DType::F32));
     assert_shape(b.vector(block(&data, SourceType::F32, usize::MAX, 2)));
-    assert_shape(b.kv_cache(1, 1, 15, 1, DType::F32));
-    assert_shape(b.kv_cache(1, 1, 1024, 1, DType::F32));
+    assert_shape(b.kv_cache(kv_shape(1, 15), 1));
+    assert_shape(b.kv_cache(kv_shape(1, 1024), 1));
 
     let small = buffer(b, 2, 4);
     assert_shape(b.read_row(&small, 2));
@@ -71,7 +75,7 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.rope_table(&good, &[1.0; 3], &mut buffer(b, 2, 4)));
     assert_shape(b.rope_table(&good, &[1.0; 2], &mut buffer(b, 1, 4)));
 
-    let mut kv = b.kv_cache(2, 1, 4, 3, DType::F32).unwrap();
+    let mut kv = b.kv_cache(kv_shape(2, 4), 3).unwrap();
     let (qkv, rope) = (buffer(b, 200, 16), buffer(b, 200, 4));
     let mut q = buffer(b, 200, 8);
     let bad = [
@@ -124,7 +128,7 @@ fn accepts_nothing<B: Device>(b: &mut B) {
     let empty = Step::new(Vec::new(), Batch::default(), Vec::new());
     let mut f32s = b.buffer(DType::F32, 0, 8).unwrap();
     let other = b.buffer(DType::F32, 0, 8).unwrap();
-    let mut kv = b.kv_cache(1, 1, 4, 0, DType::F32).unwrap();
+    let mut kv = b.kv_cache(kv_shape(1, 4), 0).unwrap();
     b.linear(0, &other, &[], &mut b.buffer(DType::F32, 0, 0).unwrap()).unwrap();
     b.rope_table(&empty, &[1.0; 4], &mut f32s).unwrap();
     let qkv = b.buffer(DType::F32, 0, 16).unwrap();
@@ -142,10 +146,10 @@ fn a_step_without_rows_does_nothing() {
 
 #[test]
 fn too_much_memory_is_an_error() {
-    let cpu = Cpu::new(1).unwrap();
+    let mut cpu = Cpu::new(1).unwrap();
     let buffer = cpu.buffer(DType::F32, 1 << 40, 1 << 10);
     assert!(matches!(buffer, Err(Error::OutOfMemory { .. })));
-    let kv = cpu.kv_cache(1 << 20, 1 << 10, 128, 1 << 20, DType::F32);
+    let kv = cpu.kv_cache(KvShape { units: 1 << 10, ..kv_shape(1 << 20, 128) }, 1 << 20);
     assert!(matches!(kv, Err(Error::OutOfMemory { .. })));
 }
 

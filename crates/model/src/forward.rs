@@ -93,7 +93,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
         let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
-        backend.run(step, |backend| {
+        backend.run(step, collective.can_be_recorded(), |backend| {
             forward(backend, collective, weights, kv, dims, a, step)?;
             if samples {
                 backend.sample(step, &a.all_logits)?;
@@ -114,7 +114,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         let Some(a) = activations else { return Ok(Vec::new()) };
         // These ops are not those of `begin`.
         backend.reset();
-        backend.run(step, |backend| forward(backend, collective, weights, kv, dims, a, step))?;
+        backend.run(step, false, |backend| forward(backend, collective, weights, kv, dims, a, step))?;
         backend.reset();
         if collective.rank() != SAMPLING_RANK {
             return Ok(Vec::new());

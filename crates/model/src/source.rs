@@ -7,7 +7,7 @@ use std::time::Duration;
 use comm::Collective;
 use engine::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::{Backend, DType};
+use kernels::{Backend, DType, KvShape};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -112,7 +112,7 @@ impl ModelSource {
     /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
     pub fn executor<B: Backend, C: Collective<B::Buffer>>(
         &self,
-        backend: B,
+        mut backend: B,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {
@@ -135,12 +135,11 @@ impl ModelSource {
         )?;
         bar.finish_and_clear();
 
-        let kv_blocks = self.kv_blocks(&backend, held.len())?;
-        let shape = &self.config.shape;
-        let kv =
-            backend.kv_cache(shape.layers, held.len(), shape.head_dim, kv_blocks, self.options.kv_dtype)?;
+        let kv_shape = self.kv_shape(held.len());
+        let kv_blocks = self.kv_blocks(&backend, kv_shape)?;
+        let kv = backend.kv_cache(kv_shape, kv_blocks)?;
         let limits = Limits {
-            vocabulary: shape.vocab,
+            vocabulary: self.config.shape.vocab,
             max_context: self.max_context(),
             kv_blocks,
             block_size: backend.block_size(),
@@ -151,9 +150,7 @@ impl ModelSource {
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
-        let shape = &self.config.shape;
-        let block =
-            backend.kv_block_bytes(shape.layers, shape.kv_heads, shape.head_dim, self.options.kv_dtype);
+        let block = backend.kv_block_bytes(self.kv_shape(self.config.shape.kv_heads));
         (tokens.div_ceil(backend.block_size()) * block) as u64
     }
 
@@ -161,11 +158,15 @@ impl ModelSource {
         self.options.max_context.unwrap_or(self.config.max_positions)
     }
 
-    /// Blocks of KV cache that this rank can hold.
-    fn kv_blocks<B: Backend>(&self, backend: &B, units: usize) -> Result<usize> {
+    fn kv_shape(&self, units: usize) -> KvShape {
         let shape = &self.config.shape;
-        let block_bytes =
-            backend.kv_block_bytes(shape.layers, units, shape.head_dim, self.options.kv_dtype) as u64;
+        let (layers, head_dim) = (shape.layers, shape.head_dim);
+        KvShape { layers, units, group: shape.group(), head_dim, dtype: self.options.kv_dtype }
+    }
+
+    /// Blocks of KV cache that this rank can hold.
+    fn kv_blocks<B: Backend>(&self, backend: &B, shape: KvShape) -> Result<usize> {
+        let block_bytes = backend.kv_block_bytes(shape) as u64;
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {

@@ -1,10 +1,15 @@
 //! What the suites share: backends to test, reproducible data, and attention over growing sequences.
 #![allow(dead_code, reason = "each suite uses a part")]
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+pub(crate) mod ops;
+
 use kernels::cpu::Path;
 use kernels::oracle::OracleBuffer;
 use kernels::{
-    Backend, Batch, Cpu, DType, Draw, Error, Oracle, RowBlock, SampledRow, Slice, SourceType, Step, cpu,
+    Backend, Batch, Cpu, DType, Draw, Error, KvShape, Oracle, RowBlock, SampledRow, Slice, SourceType, Step,
+    cpu,
 };
 
 /// A backend whose buffers tests can fill and read, whatever their type.
@@ -135,7 +140,7 @@ pub(crate) fn run<B: Backend>(
     step: &Step,
     mut ops: impl FnMut(&mut B) -> kernels::Result<()>,
 ) {
-    backend.run(step, |backend| ops(backend)).unwrap_or_else(|error: Error| panic!("{error}"));
+    backend.run(step, true, |backend| ops(backend)).unwrap_or_else(|error: Error| panic!("{error}"));
 }
 
 /// Fails where `got` is further than `tolerance · (1 + |want|)` from `want`.
@@ -179,7 +184,8 @@ impl Sequences {
         let counts: Vec<usize> = self.lengths.iter().map(|length| length.div_ceil(64)).collect();
         let blocks: usize = counts.iter().sum();
         let (layers, layer) = (2, 1);
-        let mut kv = backend.kv_cache(layers, self.units, self.head_dim, blocks, self.kv).unwrap();
+        let Sequences { units, group, head_dim, kv: dtype, .. } = *self;
+        let mut kv = backend.kv_cache(KvShape { layers, units, group, head_dim, dtype }, blocks).unwrap();
         if self.recycled {
             self.fill_with_nan(backend, &mut kv, layer, blocks);
         }
