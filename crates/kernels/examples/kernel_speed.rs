@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut cpu = Cpu::with_path(threads, path)?;
     println!(
         "{} with {threads} threads; ceilings now: {:.1} GB/s read, {:.0} GFLOP/s dpbf16",
-        cpu.path(),
+        cpu.path().to_owned(),
         read_bandwidth(&mut cpu, 1 << 30)?,
         peak(threads)
     );

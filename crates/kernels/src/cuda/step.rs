@@ -3,7 +3,7 @@
 //! Where each part begins depends on the padded sizes alone, except for the block tables, which come last. So a recorded step is
 //! right for every later step of the same sizes.
 
-use super::kernels::{LONG_TILE_ROWS, SHORT_ROWS, SPAN};
+use super::attend::{LONG_TILE_ROWS, SHORT_ROWS, SPAN};
 use crate::shape::BLOCK;
 use crate::{Slice, Step};
 
