@@ -5,6 +5,8 @@
 
 pub mod backend;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod oracle;
 mod shape;
 pub mod tree;
