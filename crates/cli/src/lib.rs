@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod checkpoint;
+mod cuda_kernels;
 mod embedded;
 mod generate;
 mod sampling;
@@ -45,6 +46,9 @@ enum Command {
     /// Look at checkpoints, rename their tensors, make random ones
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
+    /// Compile the CUDA kernels ahead of time
+    #[command(subcommand)]
+    Kernels(cuda_kernels::KernelsCommand),
     /// Measure the engine on this machine
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -59,6 +63,7 @@ impl Command {
             Self::Coordinator(args) => on_runtime(args.run()),
             Self::Worker(args) => on_runtime(args.run()),
             Self::Checkpoint(command) => command.run(),
+            Self::Kernels(command) => command.run(),
             Self::Bench(command) => command.run(),
         }
     }

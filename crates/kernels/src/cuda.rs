@@ -4,25 +4,38 @@
 //! A step's plan is sent once (`step`, `transfer`); decoding steps are recorded as CUDA graphs (`record`). Under
 //! `deterministic` every product is by our kernels, which sum in one order for any number of rows; else cuBLASLt does the wide ones.
 
+mod arch;
 mod attend;
 mod blas;
 mod buffer;
+mod cache;
 mod device;
 mod elementwise;
 mod fold;
+mod limits;
 mod linear;
 mod matrix;
 mod memory;
+mod modules;
+mod nvrtc;
 mod record;
 mod rope;
 mod sample;
+mod sources;
 mod step;
 mod transfer;
+mod usage;
 
 use std::rc::Rc;
 
+pub use self::arch::Arch;
 pub use self::buffer::{Buffer, KvCache, Table};
+pub use self::limits::violations;
 pub use self::matrix::Matrix;
+pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
+pub use self::nvrtc::{CompileError, Nvrtc, Version};
+pub use self::sources::{HEADERS, SOURCES, Source};
+pub use self::usage::KernelUsage;
 
 use self::blas::Blas;
 use self::device::Device;
@@ -67,8 +80,9 @@ pub struct Cuda {
     path: String,
     arena: Arena,
     blas: Option<Blas>,
-    /// Query heads of a unit, which decide how a step is cut into work.
+    /// Query heads of a unit, which decide how a step is cut into work, and blocks of the cache.
     group: usize,
+    kv_blocks: usize,
     words: Words,
     choices: Choices,
     /// The step that ops are called for.
@@ -91,9 +105,12 @@ impl Cuda {
     /// [`Error::Unsupported`] where a library or a GPU is missing or too old: in a sentence for users.
     pub fn open(options: CudaOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
-        let arch = Arch::of(device.capability()?);
-        for image in modules::load(&arch)? {
-            device.load(&image)?;
+        let (major, minor) = device.capability()?;
+        let arch = Arch::for_device(major, minor)?;
+        let loaded =
+            load(&Store::from_env(), arch, &|_| {}).map_err(|error| Error::Unsupported(error.to_string()))?;
+        for module in &loaded.modules {
+            device.load(&module.image)?;
         }
         let blas = if options.deterministic { None } else { Some(Blas::open(&device)?) };
         let kind = if options.deterministic { "-deterministic" } else { "" };
@@ -103,6 +120,7 @@ impl Cuda {
             arena: Arena::new(&device, chunk)?,
             blas,
             group: 1,
+            kv_blocks: usize::MAX,
             words: Words::new(&device)?,
             choices: Choices::new(&device)?,
             plan: None,
@@ -221,7 +239,7 @@ impl Backend for Cuda {
         attend::check(shape)?;
         let kv = KvCache::zeroed(&self.device, KvDims::new(shape, blocks))?;
         self.reset();
-        self.group = shape.group;
+        (self.group, self.kv_blocks) = (shape.group, blocks);
         // Recorded steps keep the address of this memory, so it is taken for the longest contexts that the cache can hold.
         self.recorded_spans = attend::recorded_spans(blocks);
         self.attention.reserve(attend::scratch_bytes(shape, self.recorded_spans, shape.group))?;
@@ -259,7 +277,7 @@ impl Backend for Cuda {
         record: bool,
         mut body: impl FnMut(&mut Self) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        shape::step(step)?;
+        shape::step(step, self.kv_blocks)?;
         let plan = Plan::new(step, self.group);
         if self.words.send(&plan.words)? {
             self.records.clear();
@@ -386,12 +404,15 @@ impl Backend for Cuda {
         let group = shape::attend(step, q.dims(), layer, kv.dims, out.dims())?;
         bf16_only(q.dims().dtype, "a query")?;
         if group != self.group {
-            let detail = format!("{group} query heads for each KV head where the cache was made for {}", self.group);
+            let detail =
+                format!("{group} query heads for each KV head where the cache was made for {}", self.group);
             return Err(Error::Shape { op: "attend", detail });
         }
         let plan = match &self.plan {
             Some(plan) if plan.sizes.rows == step.rows => plan,
-            _ => return Err(Error::Shape { op: "attend", detail: "called outside of the step's run".into() }),
+            _ => {
+                return Err(Error::Shape { op: "attend", detail: "called outside of the step's run".into() });
+            }
         };
         let attention = attend::Attention {
             device: &self.device,

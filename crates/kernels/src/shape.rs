@@ -120,13 +120,13 @@ pub(crate) fn read_row(buffer: Dims, row: usize) -> Result<()> {
 
 /// [`crate::Backend::run`] of a backend that looks into the step before its ops do.
 #[cfg(feature = "cuda")]
-pub(crate) fn step(step: &Step) -> Result<()> {
+pub(crate) fn step(step: &Step, blocks: usize) -> Result<()> {
     let op = Op("run");
     op.rows(step)?;
     op.require(step.ids.len() == step.batch.rows(), || {
         format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
     })?;
-    op.batch(&step.batch, u32::MAX as usize)
+    op.batch(&step.batch, blocks)
 }
 
 /// [`crate::Backend::embed`].

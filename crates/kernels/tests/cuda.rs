@@ -7,9 +7,7 @@ mod common;
 use common::gpu;
 use common::ops::{Types, embedded, gated, linear, norms, partials, turned};
 use common::{Device, Random, Sequences, assert_close, bits, run, sampled_step, step};
-use kernels::{
-    Backend, Batch, Cuda, DType, Draw, KvShape, Oracle, Partial, Slice, SourceType, Tree, sample,
-};
+use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Oracle, Partial, Slice, SourceType, Tree, sample};
 
 const BF16: Types = (DType::Bf16, DType::Bf16, SourceType::Bf16);
 
@@ -255,9 +253,8 @@ fn sampling_chooses_as_the_host_does() {
                 position: i as u32 * 7,
             })
             .collect();
-        let rows: Vec<Vec<f32>> = (0..24)
-            .map(|_| random.row(vocabulary).into_iter().map(|x| x * 8.0).collect())
-            .collect();
+        let rows: Vec<Vec<f32>> =
+            (0..24).map(|_| random.row(vocabulary).into_iter().map(|x| x * 8.0).collect()).collect();
         let sampled: Vec<_> = draws.iter().copied().enumerate().collect();
         let step = sampled_step(gpu, 24, &sampled);
         let logits = gpu.filled(DType::F32, &rows);
@@ -301,9 +298,8 @@ fn decode(gpu: &mut Cuda, record: bool, steps: usize) -> Vec<Vec<Vec<u32>>> {
         let count = if at % 5 == 4 { 2 } else { 3 };
         let starts = [at, 60 + at, 505 + at];
         let tables: [Vec<u32>; 3] = [vec![0], vec![1, 2], (3..13).collect()];
-        let slices = (0..count)
-            .map(|i| Slice { start: starts[i], len: 1, blocks: tables[i].clone() })
-            .collect();
+        let slices =
+            (0..count).map(|i| Slice { start: starts[i], len: 1, blocks: tables[i].clone() }).collect();
         let ids = (0..count as u32).map(|i| (at as u32 * 3 + i) % 50).collect();
         let sampled = (0..count).map(|row| kernels::SampledRow { row, draw: Draw::GREEDY }).collect();
         let step = gpu.step(ids, Batch { slices }, sampled);

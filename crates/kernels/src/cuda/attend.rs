@@ -60,7 +60,22 @@ pub(crate) fn scratch_bytes(shape: KvShape, spans: usize, rows: usize) -> usize 
 impl Attention<'_> {
     /// Begins it.
     pub(crate) fn run(&self, scratch: &mut Scratch) -> Result<()> {
-        let _ = (scratch, THREADS, SHORT_BLOCKS, Launch { grid: (0, 0), threads: 0, shared_bytes: 0 }, Arguments::default(), self.device, self.plan, self.words, self.q, self.kv, self.layer, self.group, self.scale, self.out);
+        let _ = (
+            scratch,
+            THREADS,
+            SHORT_BLOCKS,
+            Launch { grid: (0, 0), threads: 0, shared_bytes: 0 },
+            Arguments::default(),
+            self.device,
+            self.plan,
+            self.words,
+            self.q,
+            self.kv,
+            self.layer,
+            self.group,
+            self.scale,
+            self.out,
+        );
         Ok(())
     }
 }

@@ -150,17 +150,17 @@ impl Product {
         };
         // The library takes 256 for granted: weights are; a unit's columns of x begin where they do.
         let alignment = &OPERAND_ALIGNMENT.to_ne_bytes();
-        let heuristic = set(
-            Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-            &WORKSPACE_BYTES.to_ne_bytes(),
-        )
-        .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment))
-        .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment))
-        .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment))
-        .and_then(|()| {
-            // SAFETY: all descriptions were made above.
-            unsafe { result::get_matmul_algo_heuristic(handle, matmul, weight, x, out, out, preference) }
-        });
+        let heuristic =
+            set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES.to_ne_bytes())
+                .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment))
+                .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment))
+                .and_then(|()| set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment))
+                .and_then(|()| {
+                    // SAFETY: all descriptions were made above.
+                    unsafe {
+                        result::get_matmul_algo_heuristic(handle, matmul, weight, x, out, out, preference)
+                    }
+                });
         // SAFETY: made above.
         let _ = unsafe { result::destroy_matmul_pref(preference) };
         Ok(Self { matmul, weight, x, out, algorithm: heuristic.map_err(failed)?.algo })

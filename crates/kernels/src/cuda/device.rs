@@ -85,7 +85,13 @@ impl Device {
             .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(|e| failed(opening(), e))?;
         let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1).max(1);
-        Ok(Rc::new(Self { context, stream, modules: RefCell::default(), kernels: RefCell::default(), multiprocessors }))
+        Ok(Rc::new(Self {
+            context,
+            stream,
+            modules: RefCell::default(),
+            kernels: RefCell::default(),
+            multiprocessors,
+        }))
     }
 
     /// Its compute capability, for example (9, 0).

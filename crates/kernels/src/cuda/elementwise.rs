@@ -106,8 +106,7 @@ pub(crate) fn gather_rows(device: &Device, rows: usize, ids: u64, x: &Buffer, ou
         DType::F32 => "gather_rows_4",
         DType::Bf16 => "gather_rows_2",
     };
-    let arguments =
-        Arguments::default().with(ids).with(x.pointer()).with(cols as i32).with(out.pointer());
+    let arguments = Arguments::default().with(ids).with(x.pointer()).with(cols as i32).with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
     unsafe { device.launch(kernel, rows_of(rows, cols), arguments) }
 }

@@ -45,8 +45,7 @@ impl FoldProgram {
         if roots.len() > MAX_OUTPUTS {
             return too_many("sub-trees", roots.len(), MAX_OUTPUTS);
         }
-        let mut program =
-            Self { count: leaves.len() as i32, merges: [0; MAX_UNITS], store: [-1; MAX_UNITS] };
+        let mut program = Self { count: leaves.len() as i32, merges: [0; MAX_UNITS], store: [-1; MAX_UNITS] };
         let mut pushed = 0;
         for (index, root) in roots.iter().enumerate() {
             program.add(root, leaves, &mut pushed)?;
@@ -104,8 +103,7 @@ pub(crate) unsafe fn fold(
     outputs: Outputs,
     count: usize,
 ) -> Result<()> {
-    let launch =
-        Launch { grid: (count.div_ceil(BLOCK_ELEMENTS) as u32, 1), threads: 256, shared_bytes: 0 };
+    let launch = Launch { grid: (count.div_ceil(BLOCK_ELEMENTS) as u32, 1), threads: 256, shared_bytes: 0 };
     let arguments = Arguments::default().with(parts).with(program).with(outputs).with(count as i64);
     // SAFETY: the caller's promise.
     unsafe { device.launch("fold", launch, arguments) }

@@ -25,66 +25,79 @@ template <i32 TILE_ROWS, i32 TILE_TOKENS, i32 WARP_TILE_ROWS, i32 WARP_TILE_TOKE
     static constexpr i32 THREADS = ROWS / WARP_ROWS * (TOKENS / WARP_TOKENS) * 32;
 };
 
-// One step of k in shared memory, as offsets in bytes.
+// One step of k in shared memory, as offsets in bytes: the weights' tiles as they lie in memory, x row by row, and for grouped
+// formats the tiles' scales and zeros.
 template <class Format, class S> struct Stage {
-    static constexpr i32 WEIGHT_BYTES = Format::STEP_K / Format::LINE_K * 64;  // of a row
-    static constexpr i32 X_BYTES = Format::STEP_K * 2;                        // of a row
-    static constexpr i32 X = S::ROWS * WEIGHT_BYTES;
+    static constexpr i32 LINES = Format::STEP_K / Format::LINE_K;
+    static constexpr i32 TILE_BYTES = LINES * LINE_BYTES;
+    static constexpr i32 X_BYTES = Format::STEP_K * 2;  // of a row
+    static constexpr i32 X = S::ROWS / TILE_ROWS * TILE_BYTES;
     static constexpr i32 SCALES = X + S::TOKENS * X_BYTES;
     static constexpr i32 ZEROS = SCALES + (Format::GROUPED ? S::ROWS * 4 : 0);
     static constexpr i32 SIZE = ZEROS + (Format::GROUPED ? S::ROWS : 0);
 };
 
-// Where 16 bytes of a row lie. Reading the pieces of one line of 8 rows must meet every bank equally often: where rows are
-// 128 bytes apart, odd ones swap lines.
-template <i32 BYTES> static __device__ __forceinline__ i32 place_in_tile(i32 row, i32 chunk) {
-    return row * BYTES + (BYTES == 64 ? chunk : chunk ^ (row % 2 * 4)) * 16;
-}
-
-// Starts copying `BYTES` of each of a tile's rows; zeros where there is no row, or a row has ended.
-template <class S, i32 ROWS, i32 BYTES>
-static __device__ __forceinline__ void copy_rows(u8* tile, const u8* source, i64 stride, i32 rows_left, i32 bytes_left) {
-    constexpr i32 CHUNKS = BYTES / 16;
-    constexpr i32 PASS = S::THREADS / CHUNKS;
-    i32 first = threadIdx.x / CHUNKS;
-    i32 chunk = threadIdx.x % CHUNKS;
-    bool in_row = chunk * 16 < bytes_left;
-#pragma unroll
-    for (i32 i = 0; i < ROWS / PASS; i++) {
-        i32 row = first + i * PASS;
-        cp_async16(tile + place_in_tile<BYTES>(row, chunk), source + row * stride + chunk * 16, in_row && row < rows_left);
-    }
+// Where 16 bytes of a row of x lie. A quarter of a warp reads 64 bytes of two neighbouring rows: odd rows swap halves of 128
+// bytes, so that these meet every bank once.
+template <i32 BYTES> static __device__ __forceinline__ i32 place_of_x(i32 row, i32 chunk) {
+    return row * BYTES + (chunk ^ (row % 2 * 4)) * 16;
 }
 
 // What a block copies from.
 template <class Format, class S> struct Source {
     using At = Stage<Format, S>;
-    const u8* weights;
-    const u8* x;
-    const u8* scales;
+    const u8* weights;  // of the block's first tile
+    const u16* x;       // of the block's first row
+    const float* scales;
     const u8* zeros;
     i32 k;
-    i32 weight_stride;  // bytes
     i32 x_cols;
-    i32 rows_left;
+    i32 tiles_left;
     i32 tokens_left;
 
     __device__ __forceinline__ void load(i32 step, u8* stage) const {
-        i32 k_left = k - step * Format::STEP_K;
-        copy_rows<S, S::ROWS, At::WEIGHT_BYTES>(stage, weights + static_cast<i64>(step) * At::WEIGHT_BYTES, weight_stride,
-                                               rows_left, weight_stride - step * At::WEIGHT_BYTES);
-        copy_rows<S, S::TOKENS, At::X_BYTES>(stage + At::X, x + static_cast<i64>(step) * At::X_BYTES, 2 * static_cast<i64>(x_cols),
-                                            tokens_left, 2 * k_left);
-        if constexpr (Format::GROUPED) {  // of 16 rows: 64 bytes of scales, 16 of zeros
-            i64 groups = ceil_div(k, GROUP_K);
-            i32 tile = threadIdx.x / 4;
-            bool there = tile * 16 < rows_left;
-            if (tile < S::ROWS / 16) {
-                cp_async16(stage + At::SCALES + threadIdx.x * 16, scales + (tile * groups + step) * 64 + threadIdx.x % 4 * 16,
-                           there);
-                if (threadIdx.x % 4 == 0) {
-                    cp_async16(stage + At::ZEROS + tile * 16, zeros + (tile * groups + step) * 16, there);
-                }
+        load_weights(step, stage);
+        load_x(step, stage + At::X);
+        if constexpr (Format::GROUPED) {
+            load_scales(step, stage);
+        }
+    }
+
+    __device__ __forceinline__ void load_weights(i32 step, u8* to) const {
+        constexpr i32 TILE_CHUNKS = At::TILE_BYTES / 16;
+        const u8* from = weights + static_cast<i64>(step) * At::TILE_BYTES;
+#pragma unroll
+        for (i32 i = 0; i < S::ROWS / TILE_ROWS * TILE_CHUNKS / S::THREADS; i++) {
+            i32 chunk = i * S::THREADS + threadIdx.x;
+            i32 tile = chunk / TILE_CHUNKS;
+            cp_async16(to + chunk * 16, from + tile * tile_bytes<Format>(k) + chunk % TILE_CHUNKS * 16, tile < tiles_left);
+        }
+    }
+
+    // Zeros beyond k and beyond the last row.
+    __device__ __forceinline__ void load_x(i32 step, u8* to) const {
+        constexpr i32 ROW_CHUNKS = At::X_BYTES / 16;
+        constexpr i32 PASS = S::THREADS / ROW_CHUNKS;
+        i32 first = threadIdx.x / ROW_CHUNKS;
+        i32 chunk = threadIdx.x % ROW_CHUNKS;
+        i32 col = step * Format::STEP_K + chunk * 8;
+#pragma unroll
+        for (i32 i = 0; i < S::TOKENS / PASS; i++) {
+            i32 row = first + i * PASS;
+            cp_async16(to + place_of_x<At::X_BYTES>(row, chunk), x + static_cast<i64>(row) * x_cols + col,
+                       col < k && row < tokens_left);
+        }
+    }
+
+    // Of each tile 64 bytes of scales and 16 of zeros; a step is a group.
+    __device__ __forceinline__ void load_scales(i32 step, u8* stage) const {
+        i32 tile = threadIdx.x / 4;
+        i32 quarter = threadIdx.x % 4;
+        if (tile < S::ROWS / TILE_ROWS) {
+            i64 first = (static_cast<i64>(tile) * ceil_div(k, GROUP_K) + step) * TILE_ROWS;
+            cp_async16(stage + At::SCALES + threadIdx.x * 16, scales + first + quarter * 4, tile < tiles_left);
+            if (quarter == 0) {
+                cp_async16(stage + At::ZEROS + tile * 16, zeros + first, tile < tiles_left);
             }
         }
     }
@@ -133,36 +146,35 @@ template <class S> static __device__ __forceinline__ i32 warp_token() {
 
 // sums += the stage's weights · x.
 template <class Format, class S>
-static __device__ __forceinline__ void multiply_stage(Sums<S>& sums, const u8* stage, const u32 (&offsets)[Sums<S>::M][2]) {
+static __device__ __forceinline__ void multiply_stage(Sums<S>& sums, const u8* stage, const Offsets (&offsets)[Sums<S>::M]) {
     using At = Stage<Format, S>;
     constexpr i32 M = Sums<S>::M, N = Sums<S>::N;
     constexpr i32 LINE_BLOCKS = Format::LINE_K / 32;
-    i32 t = threadIdx.x % 4;
-    i32 row = warp_row<S>() + threadIdx.x % 32 / 4;
-    i32 token = warp_token<S>() + threadIdx.x % 32 / 4;
+    i32 lane = threadIdx.x % 32;
+    const u8* tiles = stage + warp_row<S>() / TILE_ROWS * At::TILE_BYTES + lane * 16;
+    i32 token = warp_token<S>() + lane / 4;
 #pragma unroll
-    for (i32 line = 0; line < Format::STEP_K / Format::LINE_K; line++) {
-        uint4 weights[M][2];
+    for (i32 line = 0; line < At::LINES; line++) {
+        uint4 pieces[M][2];
 #pragma unroll
         for (i32 m = 0; m < M; m++) {
-            weights[m][0] = load16(stage + place_in_tile<At::WEIGHT_BYTES>(row + m * 16, line * 4 + t));
-            weights[m][1] = load16(stage + place_in_tile<At::WEIGHT_BYTES>(row + m * 16 + 8, line * 4 + t));
+            pieces[m][0] = load16(tiles + m * At::TILE_BYTES + line * LINE_BYTES);
+            pieces[m][1] = load16(tiles + m * At::TILE_BYTES + line * LINE_BYTES + LINE_BYTES / 2);
         }
 #pragma unroll
         for (i32 block = 0; block < LINE_BLOCKS; block++) {
             uint4 x[N];
 #pragma unroll
             for (i32 n = 0; n < N; n++) {
-                i32 chunk = (line * LINE_BLOCKS + block) * 4 + t;
-                x[n] = load16(stage + At::X + place_in_tile<At::X_BYTES>(token + n * 8, chunk));
+                i32 chunk = (line * LINE_BLOCKS + block) * 4 + lane % 4;
+                x[n] = load16(stage + At::X + place_of_x<At::X_BYTES>(token + n * 8, chunk));
             }
 #pragma unroll
             for (i32 m = 0; m < M; m++) {
-                uint4 top = Format::widen(weights[m][0], block, offsets[m][0]);
-                uint4 bottom = Format::widen(weights[m][1], block, offsets[m][1]);
+                Fragment weights = Format::fragment(pieces[m], block, offsets[m]);
 #pragma unroll
                 for (i32 n = 0; n < N; n++) {
-                    multiply_block(sums.at[m][n], top, bottom, x[n]);
+                    multiply_block(sums.at[m][n], weights, x[n]);
                 }
             }
         }
@@ -173,23 +185,22 @@ static __device__ __forceinline__ void multiply_stage(Sums<S>& sums, const u8* s
 template <class Format, class S> static __device__ __forceinline__ void add_stage(Sums<S>& segment, const u8* stage) {
     using At = Stage<Format, S>;
     constexpr i32 M = Sums<S>::M, N = Sums<S>::N;
-    u32 offsets[M][2] = {};
+    Offsets offsets[M] = {};
     if constexpr (!Format::GROUPED) {
         multiply_stage<Format, S>(segment, stage, offsets);
     } else {
-        i32 g = threadIdx.x % 32 / 4;
+        i32 first = warp_row<S>() + threadIdx.x % 32 / 4 * 2;
 #pragma unroll
         for (i32 m = 0; m < M; m++) {
-            u32 zeros = *reinterpret_cast<const u16*>(stage + At::ZEROS + warp_row<S>() + m * 16 + g * 2);
-            offsets[m][0] = Format::offset(zeros & 0xff);
-            offsets[m][1] = Format::offset(zeros >> 8);
+            u32 zeros = *reinterpret_cast<const u16*>(stage + At::ZEROS + first + m * TILE_ROWS);
+            offsets[m] = {Format::offset(zeros & 0xff), Format::offset(zeros >> 8)};
         }
         Sums<S> group;
         group.fill(0.0f);
         multiply_stage<Format, S>(group, stage, offsets);
 #pragma unroll
         for (i32 m = 0; m < M; m++) {
-            float2 scale = *reinterpret_cast<const float2*>(stage + At::SCALES + (warp_row<S>() + m * 16 + g * 2) * 4);
+            float2 scale = *reinterpret_cast<const float2*>(stage + At::SCALES + (first + m * TILE_ROWS) * 4);
 #pragma unroll
             for (i32 n = 0; n < N; n++) {
                 add_group(segment.at[m][n], scale.x, scale.y, group.at[m][n]);
@@ -245,18 +256,16 @@ static __device__ __forceinline__ void gemm(const Panel& panel, const u16* x, i3
         return;
     }
 
-    Source<Format, S> source;
-    source.k = panel.k;
-    source.weight_stride = row_bytes<Format>(panel.k);
-    source.x_cols = x_cols;
-    source.rows_left = panel.n - first_row;
-    source.tokens_left = rows - first_token;
-    source.weights = panel.weights + static_cast<i64>(first_row) * source.weight_stride;
-    source.x = reinterpret_cast<const u8*>(x + static_cast<i64>(first_token) * x_cols + panel.x_offset);
-    i64 scales = static_cast<i64>(first_row) * ceil_div(panel.k, GROUP_K);
-    source.scales = reinterpret_cast<const u8*>(panel.scales + scales);
-    source.zeros = panel.zeros + scales;
-
+    i32 first_tile = first_row / TILE_ROWS;
+    i64 first_scale = static_cast<i64>(first_row) * ceil_div(panel.k, GROUP_K);
+    Source<Format, S> source = {panel.weights + first_tile * tile_bytes<Format>(panel.k),
+                                x + static_cast<i64>(first_token) * x_cols + panel.x_offset,
+                                panel.scales + first_scale,
+                                panel.zeros + first_scale,
+                                panel.k,
+                                x_cols,
+                                ceil_div(panel.n, TILE_ROWS) - first_tile,
+                                rows - first_token};
     u8* shared = dynamic_shared<u8>();
     i32 steps = ceil_div(panel.k, Format::STEP_K);
 #pragma unroll

@@ -15,7 +15,6 @@
 #include "tree.cuh"
 #include "weights.cuh"
 
-static constexpr i32 TILE_ROWS = 16;   // weight rows of a block
 static constexpr i32 TOKENS = 8;       // rows of x
 static constexpr i32 TILE = TILE_ROWS * TOKENS;
 static constexpr i32 AHEAD = 4;        // steps of weights under way
@@ -45,60 +44,52 @@ struct Place {
     }
 };
 
-// A lane's weights in one step: its pieces of rows g and g + 8.
+// A lane's weights in one step.
 template <class Format> struct Step {
     static constexpr i32 LINES = Format::STEP_K / Format::LINE_K;
-    uint4 top[LINES];
-    uint4 bottom[LINES];
-    float2 scale;
-    u32 zeros;
+    uint4 lines[LINES][2];
+    float2 scale;  // of rows g and g + 8
+    u32 zeros;     // likewise, in the lowest two bytes
 };
 
 // Where a lane finds the weights of a segment.
 template <class Format> struct Source {
-    const u8* top;
-    const u8* bottom;
+    const u8* weights;
     const float* scales;
     const u8* zeros;
-    i32 left;  // k to the end of the rows, padding included; 0 where there is no segment
+    i32 steps;  // to the end of the panel; 0 where there is no segment
 
     __device__ __forceinline__ Source(const Panels& panels, Place place, i32 last) {
-        top = bottom = zeros = nullptr;
+        weights = zeros = nullptr;
         scales = nullptr;
-        left = 0;
+        steps = 0;
         if (place.panel >= last) {
             return;
         }
         const Panel& panel = panels.panel[place.panel];
-        i32 g = threadIdx.x % 32 / 4;
-        i32 t = threadIdx.x % 4;
-        i32 row = blockIdx.x * TILE_ROWS + g;
-        i32 last_row = panel.n - 1;  // stands in for rows beyond it, whose results nobody takes
-        i64 bytes = row_bytes<Format>(panel.k);
-        const u8* first = panel.weights + place.k / Format::LINE_K * 64 + t * 16;
-        top = first + (row < last_row ? row : last_row) * bytes;
-        bottom = first + (row + 8 < last_row ? row + 8 : last_row) * bytes;
-        left = round_up(panel.k, Format::PADDED_K) - place.k;
+        i32 lane = threadIdx.x % 32;
+        weights = panel.weights + blockIdx.x * tile_bytes<Format>(panel.k) + place.k / Format::LINE_K * LINE_BYTES + lane * 16;
+        steps = ceil_div(panel.k - place.k, Format::STEP_K);
         if constexpr (Format::GROUPED) {
             i64 group = static_cast<i64>(blockIdx.x) * ceil_div(panel.k, GROUP_K) + place.k / GROUP_K;
-            scales = panel.scales + (group * 8 + g) * 2;
-            zeros = panel.zeros + (group * 8 + g) * 2;
+            scales = panel.scales + group * TILE_ROWS + lane / 4 * 2;
+            zeros = panel.zeros + group * TILE_ROWS + lane / 4 * 2;
         }
     }
 
     __device__ __forceinline__ void load(i32 step, Step<Format>& to) const {
         constexpr i32 LINES = Step<Format>::LINES;
+        if (step >= steps) {
+            return;
+        }
 #pragma unroll
         for (i32 i = 0; i < LINES; i++) {
-            i32 line = step * LINES + i;
-            bool there = line * Format::LINE_K < left;
-            to.top[i] = there ? load_stream16(top + line * 64) : make_uint4(0, 0, 0, 0);
-            to.bottom[i] = there ? load_stream16(bottom + line * 64) : make_uint4(0, 0, 0, 0);
+            to.lines[i][0] = load_stream16(weights + (step * LINES + i) * LINE_BYTES);
+            to.lines[i][1] = load_stream16(weights + (step * LINES + i) * LINE_BYTES + LINE_BYTES / 2);
         }
         if constexpr (Format::GROUPED) {
-            bool there = step * Format::STEP_K < left;
-            to.scale = there ? *reinterpret_cast<const float2*>(scales + step * 16) : make_float2(0.0f, 0.0f);
-            to.zeros = there ? *reinterpret_cast<const u16*>(zeros + step * 16) : 0;
+            to.scale = *reinterpret_cast<const float2*>(scales + step * TILE_ROWS);
+            to.zeros = *reinterpret_cast<const u16*>(zeros + step * TILE_ROWS);
         }
     }
 };
@@ -107,18 +98,14 @@ template <class Format> struct Source {
 template <class Format>
 static __device__ __forceinline__ void multiply_step(float (&sum)[4], const Step<Format>& step, const u16* x, i32 left) {
     constexpr i32 LINE_BLOCKS = Format::LINE_K / 32;
-    u32 top_offset = 0;
-    u32 bottom_offset = 0;
+    Offsets offsets = {0, 0};
     if constexpr (Format::GROUPED) {
-        top_offset = Format::offset(step.zeros & 0xff);
-        bottom_offset = Format::offset(step.zeros >> 8);
+        offsets = {Format::offset(step.zeros & 0xff), Format::offset(step.zeros >> 8)};
     }
 #pragma unroll
     for (i32 block = 0; block < Format::STEP_K / 32; block++) {
-        i32 line = block / LINE_BLOCKS;
         uint4 tokens = block * 32 < left ? load16(x + block * 32) : make_uint4(0, 0, 0, 0);
-        multiply_block(sum, Format::widen(step.top[line], block % LINE_BLOCKS, top_offset),
-                       Format::widen(step.bottom[line], block % LINE_BLOCKS, bottom_offset), tokens);
+        multiply_block(sum, Format::fragment(step.lines[block / LINE_BLOCKS], block % LINE_BLOCKS, offsets), tokens);
     }
 }
 

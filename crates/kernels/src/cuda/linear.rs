@@ -197,7 +197,8 @@ impl Products<'_> {
             let x = x + (done * x_cols * 2) as u64;
             // SAFETY: sizes were checked by `shape`; the scratch memory holds every unit's `[rows, n]`.
             unsafe { self.gemm(format, panels, (rows, n, weights.len() as u32), (x, x_cols), (scratch, n)) }?;
-            let parts = Parts::new((0..weights.len()).map(|unit| scratch + (unit * unit_elements * 4) as u64));
+            let parts =
+                Parts::new((0..weights.len()).map(|unit| scratch + (unit * unit_elements * 4) as u64));
             let outputs = Outputs::new(subtrees.iter().map(|(_, out)| out + (done * n * 4) as u64));
             // SAFETY: as above; `done` is a multiple of 128, so outputs stay aligned.
             unsafe { fold(self.device, parts, program, outputs, rows * n) }?;

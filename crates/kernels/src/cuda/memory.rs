@@ -65,11 +65,7 @@ impl Memory {
         self.check(first, bytes.len())?;
         // SAFETY: the range was checked; the stream is waited for before the source is let go.
         unsafe {
-            result::memcpy_htod_async(
-                self.pointer + first as u64,
-                bytes,
-                self.device.stream().cu_stream(),
-            )
+            result::memcpy_htod_async(self.pointer + first as u64, bytes, self.device.stream().cu_stream())
         }
         .map_err(|e| failed("copying to the GPU", e))?;
         self.device.synchronize()
@@ -80,11 +76,7 @@ impl Memory {
         self.check(first, bytes.len())?;
         // SAFETY: the range was checked; the stream is waited for before the target is used.
         unsafe {
-            result::memcpy_dtoh_async(
-                bytes,
-                self.pointer + first as u64,
-                self.device.stream().cu_stream(),
-            )
+            result::memcpy_dtoh_async(bytes, self.pointer + first as u64, self.device.stream().cu_stream())
         }
         .map_err(|e| failed("copying from the GPU", e))?;
         self.device.synchronize()

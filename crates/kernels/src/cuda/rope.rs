@@ -30,8 +30,22 @@ impl Frequencies {
     }
 }
 
-pub(crate) fn rope_table(device: &Device, rows: usize, positions: u64, frequencies: u64, out: &Buffer) -> Result<()> {
-    let _ = (device, rows, positions, frequencies, out, Arguments::default(), Launch { grid: (0,0), threads: 0, shared_bytes: 0});
+pub(crate) fn rope_table(
+    device: &Device,
+    rows: usize,
+    positions: u64,
+    frequencies: u64,
+    out: &Buffer,
+) -> Result<()> {
+    let _ = (
+        device,
+        rows,
+        positions,
+        frequencies,
+        out,
+        Arguments::default(),
+        Launch { grid: (0, 0), threads: 0, shared_bytes: 0 },
+    );
     Ok(())
 }
 

@@ -35,9 +35,8 @@ impl Words {
 
     fn with_room(device: &Rc<Device>, words: usize) -> Result<Self> {
         let bytes = 4 * words;
-        let stages = (0..IN_FLIGHT)
-            .map(|_| Ok((Pinned::allocate(device, bytes)?, None)))
-            .collect::<Result<_>>()?;
+        let stages =
+            (0..IN_FLIGHT).map(|_| Ok((Pinned::allocate(device, bytes)?, None))).collect::<Result<_>>()?;
         let target = Memory::allocate(device, "the words of a step", bytes)?;
         Ok(Self { device: device.clone(), target, stages, next: 0 })
     }
@@ -112,8 +111,7 @@ impl Choices {
 
     /// Waits for the oldest.
     pub(crate) fn take(&mut self) -> Result<Vec<Choice>> {
-        let (stage, count, arrived) =
-            self.under_way.pop_front().ok_or_else(crate::sample::nothing_asked)?;
+        let (stage, count, arrived) = self.under_way.pop_front().ok_or_else(crate::sample::nothing_asked)?;
         arrived.synchronize().map_err(|e| failed("running a step", e))?;
         let words = self.stages[stage].read(count * CHOICE_BYTES);
         let choice = |bytes: &[u8; CHOICE_BYTES]| {

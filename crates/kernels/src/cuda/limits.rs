@@ -1,0 +1,79 @@
+//! What the kernels may take of a multiprocessor: a change that makes one larger is seen here before it is felt.
+
+use super::usage::KernelUsage;
+
+/// Most registers of a thread, on any architecture. Registers are handed out by eights, so these are multiples of eight.
+const REGISTERS: &[(&str, u32)] = &[
+    ("add_rms_norm", 40), //
+    ("rms_norm", 40),
+];
+
+/// What is wrong with the kernels of one architecture: registers above their limit, spills, stacks, and kernels or limits
+/// without the other. Nothing, as a rule.
+pub fn violations(kernels: &[KernelUsage]) -> Vec<String> {
+    violations_of(REGISTERS, kernels)
+}
+
+fn violations_of(limits: &[(&str, u32)], kernels: &[KernelUsage]) -> Vec<String> {
+    let mut found = Vec::new();
+    for usage in kernels {
+        let KernelUsage { kernel, arch, registers, spill_stores, spill_loads, stack, .. } = usage;
+        match limits.iter().find(|(name, _)| name == kernel) {
+            None => {
+                let limit = registers.next_multiple_of(8);
+                found.push(format!("{kernel} ({arch}): no limit; add (\"{kernel}\", {limit}) to limits.rs"));
+            }
+            Some((_, limit)) if registers > limit => {
+                found.push(format!("{kernel} ({arch}): {registers} registers, above the limit of {limit}"));
+            }
+            Some(_) => {}
+        }
+        if spill_stores + spill_loads > 0 {
+            found.push(format!(
+                "{kernel} ({arch}): spills {spill_stores} bytes and loads {spill_loads} of them back"
+            ));
+        }
+        if *stack > 0 {
+            found.push(format!("{kernel} ({arch}): a stack of {stack} bytes"));
+        }
+    }
+    for (name, _) in limits {
+        if !kernels.iter().any(|usage| usage.kernel == *name) {
+            found.push(format!("{name}: a limit in limits.rs without a kernel"));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(kernel: &str, registers: u32) -> KernelUsage {
+        KernelUsage {
+            kernel: kernel.to_owned(),
+            arch: "sm_80".to_owned(),
+            registers,
+            ..KernelUsage::default()
+        }
+    }
+
+    #[test]
+    fn kernels_within_their_limits_pass() {
+        assert_eq!(violations_of(&[("a", 40), ("b", 8)], &[usage("a", 40), usage("b", 3)]), [""; 0]);
+    }
+
+    #[test]
+    fn each_excess_is_told() {
+        let limits = [("a", 40), ("gone", 8)];
+        let spilling = KernelUsage { spill_stores: 4, stack: 8, ..usage("a", 41) };
+        let expected = [
+            "a (sm_80): 41 registers, above the limit of 40",
+            "a (sm_80): spills 4 bytes and loads 0 of them back",
+            "a (sm_80): a stack of 8 bytes",
+            "new (sm_80): no limit; add (\"new\", 16) to limits.rs",
+            "gone: a limit in limits.rs without a kernel",
+        ];
+        assert_eq!(violations_of(&limits, &[spilling, usage("new", 9)]), expected);
+    }
+}
