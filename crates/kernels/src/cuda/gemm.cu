@@ -4,7 +4,8 @@
 // gemm_FORMAT_tN(panels, x, rows, x_cols, out, out_cols): out[row·out_cols + panel.out_offset + i] f32, for
 //   column-parallel matrices (out_offset = the panel's first column), and for the units of row-parallel ones (out_offset = the
 //   unit's place in a scratch buffer, out_cols = n; `fold` then adds the units).
-// Grid (⌈rows / N⌉ · ⌈largest panel.n / weight rows⌉, panels). Dynamic shared memory in bytes:
+// Grid (⌈rows / N⌉ · ⌈largest panel.n / weight rows⌉, panels). Dynamic shared memory in bytes (above 48 KiB the function's
+// attribute must be set):
 //
 //   kernel  rows of x (N)  weight rows  threads    bf16    int8    fp8     int4
 //   _t16         16            64         128     40960   50432   49152   34048
