@@ -19,10 +19,9 @@
 
 static constexpr i32 BAND = 16;  // tiles of rows of x that meet all weights together: their x stays in L2
 
-// A kernel's shape: a block's tile, a warp's part of it, and how many steps of k are in shared memory.
-template <i32 TILE_ROWS, i32 TILE_TOKENS, i32 WARP_TILE_ROWS, i32 WARP_TILE_TOKENS, i32 PIPELINE> struct Shape {
-    static constexpr i32 ROWS = TILE_ROWS, TOKENS = TILE_TOKENS, WARP_ROWS = WARP_TILE_ROWS, WARP_TOKENS = WARP_TILE_TOKENS;
-    static constexpr i32 STAGES = PIPELINE;
+// A kernel's shape: weight rows and rows of x of a block and of a warp, and how many steps of k are in shared memory.
+template <i32 BLOCK_M, i32 BLOCK_N, i32 WARP_M, i32 WARP_N, i32 PIPELINE> struct Shape {
+    static constexpr i32 ROWS = BLOCK_M, TOKENS = BLOCK_N, WARP_ROWS = WARP_M, WARP_TOKENS = WARP_N, STAGES = PIPELINE;
     static constexpr i32 THREADS = ROWS / WARP_ROWS * (TOKENS / WARP_TOKENS) * 32;
 };
 
