@@ -17,11 +17,15 @@ macro_rules! source {
 
 /// The files with kernels: each becomes one module.
 pub const SOURCES: &[Source] = &[
+    source!("attend_long.cu"),
+    source!("attend_merge.cu"),
+    source!("attend_short.cu"),
     source!("elementwise.cu"),
     source!("fold.cu"),
     source!("gemm.cu"),
     source!("gemv.cu"),
     source!("norm.cu"),
+    source!("pack.cu"),
     source!("sample.cu"),
 ];
 
