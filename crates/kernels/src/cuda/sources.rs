@@ -30,8 +30,13 @@ pub const SOURCES: &[Source] = &[
 ];
 
 /// What they include.
-pub const HEADERS: &[Source] =
-    &[source!("device.cuh"), source!("sample.cuh"), source!("tree.cuh"), source!("weights.cuh")];
+pub const HEADERS: &[Source] = &[
+    source!("attend.cuh"),
+    source!("device.cuh"),
+    source!("sample.cuh"),
+    source!("tree.cuh"),
+    source!("weights.cuh"),
+];
 
 #[cfg(test)]
 mod tests {
