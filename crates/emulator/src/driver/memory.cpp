@@ -52,8 +52,8 @@ static int pattern_file() {
     return file;
 }
 
-// Puts pages that read as 0xFF at `start`. They share the pattern's memory until they are written, so a pool of gigabytes of
-// which little is used costs little.
+// Puts pages that read as 0xFF at `start`. They share the pattern's memory until they are written, so a pool of gigabytes
+// of which little is used costs little.
 static bool map_pattern(char* start, size_t bytes) {
     for (size_t done = 0; done < bytes; done += PATTERN_BYTES) {
         size_t part = std::min(PATTERN_BYTES, bytes - done);

@@ -11,8 +11,8 @@ namespace emulator {
 // Every thread of the block waits for another one: says who waits where.
 [[noreturn]] void fail_deadlock(const Block& block);
 
-// Makes a signal for a bad address or instruction say which kernel it came from before the process dies of it. May be called
-// often. Also gives the calling OS thread a stack for handlers, should it have none.
+// Makes a signal for a bad address or instruction say which kernel it came from before the process dies of it. May be
+// called often. Also gives the calling OS thread a stack for handlers, should it have none.
 void report_signals();
 
 }  // namespace emulator
