@@ -124,14 +124,15 @@ impl Compiler {
     /// The objects of these sources, in their order.
     fn objects(&self, sources: &[PathBuf]) -> Vec<PathBuf> {
         let objects: Vec<PathBuf> = sources.iter().map(|source| self.object_path(source)).collect();
+        let pairs: Vec<_> = sources.iter().zip(&objects).collect();
         let next = AtomicUsize::new(0);
         // Else the first panic would be followed by that of the scope, which says nothing.
         let failure = Mutex::new(None);
         thread::scope(|scope| {
             for _ in 0..AT_A_TIME {
                 scope.spawn(|| {
-                    while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if let Err(words) = self.compile(source, &self.object_path(source)) {
+                    while let Some((source, object)) = pairs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if let Err(words) = self.compile(source, object) {
                             *failure.lock().expect("no thread panicked") = Some(words);
                         }
                     }

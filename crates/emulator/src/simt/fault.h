@@ -15,4 +15,8 @@ namespace emulator {
 // called often. Also gives the calling OS thread a stack for handlers, should it have none.
 void report_signals();
 
+// Who knows more about addresses: writes a sentence about one to `text`; false if it knows nothing. Called in a signal handler.
+using AddressBook = bool (*)(const void* address, char* text, size_t bytes);
+void ask_about_addresses(AddressBook book);
+
 }  // namespace emulator

@@ -266,9 +266,24 @@ static void multiplication(CUstream stream, CUdeviceptr memory) {
     }
 }
 
-int main() {
+// A kernel writes behind an allocation: the process must end.
+static void overrun() {
+    CUdeviceptr x = 0;
+    CUfunction wrong;
+    EXPECT(cuMemAlloc_v2(&x, 4000) == CUDA_SUCCESS);
+    EXPECT(cuModuleGetFunction(&wrong, module, "wrong_address") == CUDA_SUCCESS);
+    void* parameters[] = {&x};
+    EXPECT(cuLaunchKernel(wrong, 1, 1, 1, 32, 1, 1, 0, nullptr, parameters, nullptr) == CUDA_SUCCESS);
+    std::printf("it went unnoticed\n");
+}
+
+int main(int count, char**) {
     devices();
     compile_and_load();
+    if (count == 2) {
+        overrun();
+        return 0;
+    }
     memory();
     CUstream stream;
     CUdeviceptr x = 0;
