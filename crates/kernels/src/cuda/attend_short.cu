@@ -26,7 +26,6 @@ static __device__ __forceinline__ i32 last_at_most(const u32* offsets, i32 count
 }
 
 // A lane's pieces of the keys and then of the values of a sub-span, in the order of their use. DEPTH of them are always under way.
-// Keys past the slice's end are replaced by its last one (their scores are hidden), values past it by zeros.
 template <i32 D> struct Pieces {
     static constexpr i32 COLUMN_TILES = D == 16 ? 2 : 4;  // that are worked on together
     static constexpr i32 KEY_PIECES = GROUPS * CHUNKS<D> * 4;
@@ -34,30 +33,23 @@ template <i32 D> struct Pieces {
     static constexpr i32 DEPTH = 16;
 
     uint4 ring[DEPTH];
-    const u16* keys[2];   // of the two blocks, at the lane's column
-    i32 last[2];          // the last key in each
-    i32 row;              // the lane's row of a group of keys, for tile 0
+    const u16* keys[GROUPS];  // at the lane's row of tile 0, and column
     const u16* values[GROUPS];
-    i32 left;             // keys from the lane's first of group 0 to the end
 
-    // `length` keys, at least 1, are in the sub-span and the slice; `table` has the sub-span's blocks.
+    // `length` keys, at least 1, are in the sub-span and the slice; `table` has the sub-span's blocks. A group without any of
+    // these keys is replaced by the first group: it is hidden, and costs no memory traffic.
     __device__ __forceinline__ Pieces(const Attention& attention, const u32* table, i32 unit, i32 length, i32 lane) {
         i32 t = lane % 4;
         i32 q = lane / 4;
-        u32 block = table[0];
-        u32 next = length > BLOCK_KEYS ? table[1] : block;
-        const u16* base[2] = {keys_of<D>(attention, block, unit), keys_of<D>(attention, next, unit)};
-        row = 8 * (q / 2) + q % 2;
-        left = length - 8 * t;
+        const u16* first = keys_of<D>(attention, table[0], unit);
+        const u16* second = length > BLOCK_KEYS ? keys_of<D>(attention, table[1], unit) : first;
 #pragma unroll
-        for (i32 half = 0; half < 2; half++) {
-            last[half] = min(max(length - BLOCK_KEYS * half, 1), BLOCK_KEYS) - 1;
-            keys[half] = base[half] + (D == 16 ? 4 : 8) * t;
-#pragma unroll
-            for (i32 part = 0; part < 2; part++) {
-                i32 key = min(GROUP_KEYS * part + 8 * t, last[half] / 8 * 8);
-                values[2 * half + part] = base[half] + (BLOCK_KEYS * D + q * BLOCK_KEYS + key);
-            }
+        for (i32 group = 0; group < GROUPS; group++) {
+            const u16* block = group < 2 ? first : second;
+            i32 key = GROUP_KEYS * (group % 2);
+            key = GROUP_KEYS * group < length ? key : 0;
+            keys[group] = block + (key + 8 * (q / 2) + q % 2) * D + (D == 16 ? 4 : 8) * t;
+            values[group] = block + BLOCK_KEYS * D + q * BLOCK_KEYS + key + 8 * t;
         }
 #pragma unroll
         for (i32 i = 0; i < DEPTH; i++) {
@@ -68,13 +60,10 @@ template <i32 D> struct Pieces {
     __device__ __forceinline__ uint4 load(i32 i) const {
         if (i < KEY_PIECES) {
             i32 group = i / (4 * CHUNKS<D>), chunk = i / 4 % CHUNKS<D>, tile = i % 4;
-            i32 key = min(GROUP_KEYS * (group % 2) + 2 * tile + row, last[group / 2]);
-            const u16* at = keys[group / 2] + key * D;
             if constexpr (D == 16) {
-                uint2 half = *reinterpret_cast<const uint2*>(at);
-                return make_uint4(half.x, half.y, 0, 0);
+                return load_piece<D>(keys[group] + 2 * tile * D, 0, 0);
             } else {
-                return load_stream16(at + 32 * chunk);
+                return load_stream16(keys[group] + 2 * tile * D + 32 * chunk);
             }
         }
         i -= KEY_PIECES;
@@ -94,11 +83,8 @@ template <i32 D> struct Pieces {
         return take((group * CHUNKS<D> + chunk) * 4 + tile);
     }
 
-    // Of the tile's columns, `columns` being its COLUMN_TILES tiles.
     __device__ __forceinline__ uint4 take_values(i32 columns, i32 group, i32 tile) {
-        uint4 piece = take(KEY_PIECES + (columns * GROUPS + group) * COLUMN_TILES + tile);
-        i32 count = left - GROUP_KEYS * group;
-        return count < 8 ? keep_first(piece, count) : piece;
+        return take(KEY_PIECES + (columns * GROUPS + group) * COLUMN_TILES + tile);
     }
 };
 
@@ -110,14 +96,42 @@ template <i32 D> struct SubSpans {
     State states[WARPS][TILE_ROWS];
 };
 
+// The weighted values of a warp's sub-span. Unless it is WHOLE, its values from key `length` on are replaced by zeros.
+template <i32 D, bool WHOLE>
+static __device__ __forceinline__ void weigh_values(Pieces<D>& pieces, const Weights& weights, i32 length,
+                                                    float (*outputs)[SubSpans<D>::STRIDE], i32 lane) {
+    constexpr i32 TILES = Pieces<D>::COLUMN_TILES;
+#pragma unroll
+    for (i32 columns = 0; columns < D / 8 / TILES; columns++) {
+        float o[TILES][4];
+        clear(o);
+#pragma unroll
+        for (i32 group = 0; group < GROUPS; group++) {
+#pragma unroll
+            for (i32 tile = 0; tile < TILES; tile++) {
+                uint4 values = pieces.take_values(columns, group, tile);
+                if (!WHOLE) {
+                    values = keep_first(values, length - GROUP_KEYS * group - 8 * (lane % 4));
+                }
+                add_values(o[tile], weights, group, values);
+            }
+        }
+#pragma unroll
+        for (i32 tile = 0; tile < TILES; tile++) {
+            i32 column = 8 * (columns * TILES + tile) + 2 * (lane % 4);
+            *reinterpret_cast<float2*>(&outputs[lane / 4][column]) = make_float2(o[tile][0], o[tile][1]);
+            *reinterpret_cast<float2*>(&outputs[lane / 4 + 8][column]) = make_float2(o[tile][2], o[tile][3]);
+        }
+    }
+}
+
 // One warp's sub-span, from key `first`.
 template <i32 D>
-static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice, i32 first,
-                                                       float exponent, SubSpans<D>& results, i32 warp, i32 lane) {
+static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice,
+                                                       const Queries<D>& queries, i32 first, float exponent, SubSpans<D>& results, i32 warp, i32 lane) {
     i32 length = min(slice.start + slice.tokens - first, SUB_SPAN_KEYS);
+    i32 row = lane / 4;
     Pieces<D> pieces(attention, slice.table + first / BLOCK_KEYS, slice.unit, length, lane);
-    Queries<D> queries;
-    queries.load(attention, slice, 0, lane);
     Scores scores;
     clear(scores.tile);
 #pragma unroll
@@ -130,7 +144,6 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
             }
         }
     }
-    i32 row = lane / 4;
     hide_keys(scores, slice.seen(row, attention.group) - first, slice.seen(row + 8, attention.group) - first, lane);
     Weights weights;
     State low, high;
@@ -139,24 +152,10 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
         results.states[warp][row] = low;
         results.states[warp][row + 8] = high;
     }
-    constexpr i32 TILES = Pieces<D>::COLUMN_TILES;
-#pragma unroll
-    for (i32 columns = 0; columns < D / 8 / TILES; columns++) {
-        float o[TILES][4];
-        clear(o);
-#pragma unroll
-        for (i32 group = 0; group < GROUPS; group++) {
-#pragma unroll
-            for (i32 tile = 0; tile < TILES; tile++) {
-                add_values(o[tile], weights, group, pieces.take_values(columns, group, tile));
-            }
-        }
-#pragma unroll
-        for (i32 tile = 0; tile < TILES; tile++) {
-            i32 column = 8 * (columns * TILES + tile) + 2 * (lane % 4);
-            *reinterpret_cast<float2*>(&results.outputs[warp][row][column]) = make_float2(o[tile][0], o[tile][1]);
-            *reinterpret_cast<float2*>(&results.outputs[warp][row + 8][column]) = make_float2(o[tile][2], o[tile][3]);
-        }
+    if (length == SUB_SPAN_KEYS) {
+        weigh_values<D, true>(pieces, weights, length, results.outputs[warp], lane);
+    } else {
+        weigh_values<D, false>(pieces, weights, length, results.outputs[warp], lane);
     }
 }
 
@@ -209,8 +208,10 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
         SliceUnit slice = SliceUnit::at(attention, splits.slices[index], unit);
         i32 first = static_cast<i32>(span - splits.span_offset[index]) * SPAN_KEYS;
         i32 sub_spans = min(ceil_div(slice.start + slice.tokens - first, SUB_SPAN_KEYS), WARPS);
+        Queries<D> queries;
+        queries.load(attention, slice, 0, lane);
         if (warp < sub_spans) {
-            attend_sub_span<D>(attention, slice, first + warp * SUB_SPAN_KEYS, exponent, results, warp, lane);
+            attend_sub_span<D>(attention, slice, queries, first + warp * SUB_SPAN_KEYS, exponent, results, warp, lane);
         }
         __syncthreads();
         i64 item = (static_cast<i64>(span) * attention.units + unit) * rows_per_item;
