@@ -26,6 +26,7 @@ pub const SOURCES: &[Source] = &[
     source!("gemv.cu"),
     source!("norm.cu"),
     source!("pack.cu"),
+    source!("rope.cu"),
     source!("sample.cu"),
 ];
 
