@@ -149,9 +149,7 @@ impl Loader<'_> {
             // One such line is enough: the others would say the same.
             let folder = folder.path().display();
             self.warning.get_or_init(|| {
-                format!(
-                    "compiled kernels cannot be kept in {folder}, the next start compiles them again: {error}"
-                )
+                format!("compiled kernels cannot be kept in {folder}, so each start compiles them: {error}")
             });
         }
         Ok(Module::new(source, arch, Origin::Compiled, compiled))
