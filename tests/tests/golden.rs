@@ -83,7 +83,8 @@ fn every_cpu_path_and_the_oracle_agree() {
     let block_size = Cpu::new(1).expect("a CPU").block_size();
     let plans = plans(&golden.prompt, &ends, block_size);
     for dtype in [DType::F32, DType::Bf16] {
-        let oracle = logits(&golden.dir, &options(dtype), 2, || Ok(Oracle), &plans).expect("oracle");
+        let oracle =
+            logits(&golden.dir, &options(dtype), 2, || Ok(Oracle::default()), &plans).expect("oracle");
         for path in Path::available() {
             let found = logits(&golden.dir, &options(dtype), 2, || Ok(Cpu::with_path(1, path)?), &plans)
                 .expect("logits");
@@ -113,7 +114,7 @@ fn greedy_continuations_are_those_of_transformers() {
         let chosen: Vec<u32> = found
             .expect("logits")
             .iter()
-            .map(|row| model::sampler::sample(row, &engine::SamplingParams::GREEDY, 0).id)
+            .map(|row| kernels::sample::sample(row, &kernels::Draw::GREEDY).id)
             .collect();
         assert_eq!(chosen, greedy.ids, "{}", greedy.prompt);
     }

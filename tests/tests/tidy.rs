@@ -11,6 +11,7 @@ const MAX_LINES: usize = 500;
 const ARROWS: &[(&str, &[&str])] = &[
     ("auth", &[]),
     ("engine", &[]),
+    ("emulator", &[]),
     ("kernels", &[]),
     ("comm", &["auth", "kernels"]),
     ("model", &["comm", "engine", "kernels"]),

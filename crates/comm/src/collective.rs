@@ -79,6 +79,10 @@ pub trait Collective<B> {
     /// Collects runs of columns on rank `root`: `x` is f32 `[rows, counts[rank]]`, `out` on the root `[rows, Σ counts]`
     /// (untouched elsewhere).
     fn gather(&mut self, root: usize, rows: usize, x: &B, counts: &[usize], out: &mut B) -> Result<()>;
+    /// Whether a call only begins work on the device, so that a backend may record it with the ops around it.
+    fn can_be_recorded(&self) -> bool {
+        false
+    }
     /// The handle that frees this rank's waits.
     fn abort_handle(&self) -> AbortHandle;
 }

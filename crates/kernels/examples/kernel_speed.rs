@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use kernels::cpu::{Path, read_bandwidth};
-use kernels::{Backend, Batch, Cpu, DType, Partial, RowBlock, Slice, SourceType, Tree};
+use kernels::{Backend, Batch, Cpu, DType, KvShape, Partial, RowBlock, Slice, SourceType, Step, Tree};
 
 const ROUNDS: usize = 7;
 
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut cpu = Cpu::with_path(threads, path)?;
     println!(
         "{} with {threads} threads; ceilings now: {:.1} GB/s read, {:.0} GFLOP/s dpbf16",
-        cpu.path(),
+        cpu.path().to_owned(),
         read_bandwidth(&mut cpu, 1 << 30)?,
         peak(threads)
     );
@@ -112,7 +112,8 @@ fn attention(cpu: &mut Cpu, dtype: DType) -> kernels::Result<()> {
     let cols = UNITS * GROUP * HEAD;
     let blocks: Vec<u32> = (0..1024).collect();
     let layers = 8;
-    let mut kv = cpu.kv_cache(layers, UNITS, HEAD, blocks.len(), dtype)?;
+    let mut kv =
+        cpu.kv_cache(KvShape { layers, units: UNITS, group: GROUP, head_dim: HEAD, dtype }, blocks.len())?;
     fill(cpu, &mut kv, layers, &blocks, dtype)?;
     let scale = 0.088;
     for context in [512, 2048, 8192] {
@@ -121,9 +122,10 @@ fn attention(cpu: &mut Cpu, dtype: DType) -> kernels::Result<()> {
         let batch =
             Batch { slices: vec![Slice { start: context - rows, len: rows, blocks: blocks.clone() }] };
         let keys: usize = batch.positions().map(|position| position + 1).sum();
+        let step = step(batch);
         let ratios = (0..ROUNDS).map(|_| {
             let peak = peak(cpu.threads());
-            let seconds = compute_time(cpu.threads(), || cpu.attend(&batch, &q, 0, &kv, scale, &mut out))?;
+            let seconds = compute_time(cpu.threads(), || cpu.attend(&step, &q, 0, &kv, scale, &mut out))?;
             Ok(((4 * keys * cols) as f64 / seconds / 1e9, peak))
         });
         report(&format!("attend, {rows} rows up to {context}"), "GFLOP/s", ratios)?;
@@ -132,12 +134,12 @@ fn attention(cpu: &mut Cpu, dtype: DType) -> kernels::Result<()> {
         let (q, mut out) = (cpu.buffer(dtype, sequences, cols)?, cpu.buffer(dtype, sequences, cols)?);
         let own = |i: usize| blocks[i * context / 64..(i + 1) * context / 64].to_vec();
         let slices = (0..sequences).map(|i| Slice { start: context - 1, len: 1, blocks: own(i) }).collect();
-        let batch = Batch { slices };
+        let step = step(Batch { slices });
         let bytes = 2 * layers * sequences * context * UNITS * HEAD * dtype.size();
         let ratios = (0..ROUNDS).map(|_| {
             let bandwidth = read_bandwidth(cpu, 1 << 30)?;
             let seconds = time(|| {
-                (0..layers).try_for_each(|layer| cpu.attend(&batch, &q, layer, &kv, scale, &mut out))
+                (0..layers).try_for_each(|layer| cpu.attend(&step, &q, layer, &kv, scale, &mut out))
             })?;
             Ok((bytes as f64 / seconds / 1e9, bandwidth))
         });
@@ -159,10 +161,14 @@ fn fill(
     let rope = cpu.buffer(DType::F32, len, HEAD)?;
     let mut q = cpu.buffer(dtype, len, UNITS * GROUP * HEAD)?;
     for start in (0..blocks.len() * 64).step_by(len) {
-        let batch = Batch { slices: vec![Slice { start, len, blocks: blocks.to_vec() }] };
-        (0..layers).try_for_each(|layer| cpu.rope_write_kv(&batch, &qkv, &rope, layer, kv, &mut q))?;
+        let step = step(Batch { slices: vec![Slice { start, len, blocks: blocks.to_vec() }] });
+        (0..layers).try_for_each(|layer| cpu.rope_write_kv(&step, &qkv, &rope, layer, kv, &mut q))?;
     }
     Ok(())
+}
+
+fn step(batch: Batch) -> Step {
+    Step::new(vec![0; batch.rows()], batch, Vec::new())
 }
 
 /// A weight of ones.

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::Tree;
+use crate::{Choice, Draw, Tree};
 
 /// Element type of activations, weights and KV at run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -86,6 +86,14 @@ pub enum Error {
     /// The device cannot do this at all.
     #[error("{0}")]
     Unsupported(String),
+    /// The device failed: nothing on it can be relied on.
+    #[error("the device failed in {what}: {why}")]
+    Device {
+        /// What was being done.
+        what: String,
+        /// The device's own words.
+        why: String,
+    },
 }
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -121,6 +129,52 @@ impl Batch {
     }
 }
 
+/// One rank's share of a paged KV cache, but for the number of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: usize,
+    /// KV heads.
+    pub units: usize,
+    /// Query heads that share one KV head.
+    pub group: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Of keys and values.
+    pub dtype: DType,
+}
+
+/// A row whose logits are wanted, and how to choose from them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampledRow {
+    /// Row of the step.
+    pub row: usize,
+    /// How to choose.
+    pub draw: Draw,
+}
+
+/// What the ops of one step share, all of it known before the step runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// The token of every row of the batch.
+    pub ids: Vec<u32>,
+    /// How the rows fall into sequences.
+    pub batch: Batch,
+    /// Rows that are sampled from, ascending.
+    pub sampled: Vec<SampledRow>,
+    /// Rows that ops run on: those of the batch, then as many more as the backend finds convenient, which mean nothing.
+    pub rows: usize,
+    /// Likewise, of the sampled rows.
+    pub sampled_rows: usize,
+}
+
+impl Step {
+    /// A step of exactly the rows of the batch.
+    pub fn new(ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Self {
+        Self { rows: batch.rows(), sampled_rows: sampled.len(), ids, batch, sampled }
+    }
+}
+
 /// The sum of a whole sub-tree of units: `[T, cols]` f32.
 #[derive(Debug)]
 pub struct Partial<B> {
@@ -152,7 +206,7 @@ pub trait Backend {
     type KvCache;
 
     /// The instruction path, for example `avx512-bf16`: part of a group's fingerprint, since bits differ by path.
-    fn path(&self) -> &'static str;
+    fn path(&self) -> &str;
 
     // ---- memory
 
@@ -169,24 +223,40 @@ pub trait Backend {
     fn vector(&self, block: RowBlock<'_>) -> Result<Self::Buffer>;
     /// Bytes that a matrix takes, all of which a decode step reads.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
-    /// Paged KV of `units` KV heads in `layers` layers: `blocks` blocks.
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<Self::KvCache>;
+    /// A paged KV cache of `blocks` blocks. A backend serves one at a time: the steps that follow are for this one.
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<Self::KvCache>;
     /// Bytes that one block takes, all layers together.
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize;
-    /// Copies one row of an f32 buffer to the host.
+    fn kv_block_bytes(&self, shape: KvShape) -> usize;
+    /// Copies one row of an f32 buffer to the host, when all that was begun before has ended.
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
+    /// Bytes that a KV cache may take where the user sets no limit.
+    fn kv_budget(&self) -> Result<u64>;
+
+    // ---- steps
+
+    /// A step as this backend likes it: it may add rows that mean nothing.
+    fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+        Step::new(ids, batch, sampled)
+    }
+
+    /// Runs the ops of a step, all of which are called in `body`, and returns when they are under way. Where `record` allows it, a GPU
+    /// may record them and, for later steps of the same sizes, replay the record without calling `body`.
+    fn run<E: From<Error>>(
+        &mut self,
+        _step: &Step,
+        _record: bool,
+        mut body: impl FnMut(&mut Self) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        body(self)
+    }
+
+    /// Forgets what [`Backend::run`] recorded: buffers that it used are gone, or other ops are to come.
+    fn reset(&mut self) {}
 
     // ---- ops
 
-    /// `out[T, hidden]` f32 = the table's row of each id, or zeros where the id is another rank's.
-    fn embed(&mut self, ids: &[u32], table: &Self::Table, out: &mut Self::Buffer) -> Result<()>;
+    /// `out[T, hidden]` f32 = the table's row of each id of the step, or zeros where the id is another rank's.
+    fn embed(&mut self, step: &Step, table: &Self::Table, out: &mut Self::Buffer) -> Result<()>;
 
     /// `out = x / rms(x) · weight`, rms(x) = √(mean(x²) + eps); x f32 `[T, hidden]`, out compute `[T, hidden]`.
     fn rms_norm(
@@ -233,14 +303,14 @@ pub trait Backend {
 
     /// `out[T, d]` f32 = for every row of the batch, d/2 cosines then d/2 sines of `position · frequency[i]`; the
     /// angle and its functions in f64, rounded once.
-    fn rope_table(&mut self, batch: &Batch, frequencies: &[f64], out: &mut Self::Buffer) -> Result<()>;
+    fn rope_table(&mut self, step: &Step, frequencies: &[f64], out: &mut Self::Buffer) -> Result<()>;
 
     /// Takes `qkv` f32 `[T, U·(g+2)·d]` (unit after unit: its g query heads, its key, its value), rotates queries
     /// and keys by halves (element i with i + d/2), writes keys and values into `layer` of the cache in the
     /// cache's dtype, and queries to `q`, compute `[T, U·g·d]`.
     fn rope_write_kv(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         qkv: &Self::Buffer,
         rope: &Self::Buffer,
         layer: usize,
@@ -253,7 +323,7 @@ pub trait Backend {
     /// fresh state each, and spans merge in ascending order.
     fn attend(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         q: &Self::Buffer,
         layer: usize,
         kv: &Self::KvCache,
@@ -271,6 +341,12 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `out[i] = x[rows[i]]`; both compute or both f32, of the same width.
-    fn gather_rows(&mut self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+    /// `out[i] = x[row of the step's i-th sampled row]`; both compute or both f32, of the same width.
+    fn gather_sampled(&mut self, step: &Step, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+
+    /// Begins to choose a token for each of the step's sampled rows from `logits`, f32 `[sampled rows, vocabulary]`.
+    fn sample(&mut self, step: &Step, logits: &Self::Buffer) -> Result<()>;
+
+    /// The choices of the oldest [`Backend::sample`] that was not asked for yet; waits for it.
+    fn choices(&mut self) -> Result<Vec<Choice>>;
 }

@@ -23,12 +23,18 @@ pub use kv::KvCache;
 pub use matrix::Matrix;
 pub use path::{PATH_VARIABLE, Path};
 
+use std::collections::VecDeque;
+
 use self::buffer::SharedElements;
 use self::memory::Shared;
 use self::path::Vectors;
 use self::pool::Pool;
+use crate::sample::sample;
 use crate::shape::{self, Dims, KvDims};
-use crate::{Backend, Batch, DType, Error, HostBuffer, Partial, Result, RowBlock, Tree};
+use crate::{Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, Step, Tree};
+
+/// A KV cache takes at most this part of the available memory, unless the user says otherwise.
+const KV_MEMORY_SHARE: u64 = 4;
 
 /// One rank's share of this machine's cores.
 pub struct Cpu {
@@ -36,6 +42,7 @@ pub struct Cpu {
     vectors: Vectors,
     products: linear::Scratch,
     attention: attend::Scratch,
+    choices: VecDeque<Vec<Choice>>,
 }
 
 impl Cpu {
@@ -57,6 +64,7 @@ impl Cpu {
             pool: Pool::new(threads)?,
             products: linear::Scratch::new()?,
             attention: attend::Scratch::new()?,
+            choices: VecDeque::new(),
         })
     }
 
@@ -91,7 +99,7 @@ impl Backend for Cpu {
     type Table = Table;
     type KvCache = KvCache;
 
-    fn path(&self) -> &'static str {
+    fn path(&self) -> &str {
         self.vectors.path().name()
     }
 
@@ -127,20 +135,13 @@ impl Backend for Cpu {
         matrix.bytes()
     }
 
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<KvCache> {
-        shape::kv_cache(head_dim)?;
-        KvCache::zeroed(KvDims { layers, units, head_dim, blocks, dtype })
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<KvCache> {
+        shape::kv_cache(shape.head_dim)?;
+        KvCache::zeroed(KvDims::new(shape, blocks))
     }
 
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize {
-        KvDims { layers, units, head_dim, blocks: 1, dtype }.block_bytes()
+    fn kv_block_bytes(&self, shape: KvShape) -> usize {
+        KvDims::new(shape, 1).block_bytes()
     }
 
     fn read_row(&self, buffer: &Buffer, row: usize) -> Result<Vec<f32>> {
@@ -148,9 +149,13 @@ impl Backend for Cpu {
         Ok(buffer.f32s()[row * buffer.cols()..][..buffer.cols()].to_vec())
     }
 
-    fn embed(&mut self, ids: &[u32], table: &Table, out: &mut Buffer) -> Result<()> {
-        shape::embed(ids.len(), table.rows.cols(), out.dims())?;
-        rows::embed(&self.pool, self.vectors, ids, table, out.shared_f32s()?);
+    fn kv_budget(&self) -> Result<u64> {
+        Ok(memory::available() / KV_MEMORY_SHARE)
+    }
+
+    fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {
+        shape::embed(step, table.rows.cols(), out.dims())?;
+        rows::embed(&self.pool, self.vectors, &step.ids, table, out.shared_f32s()?);
         Ok(())
     }
 
@@ -222,38 +227,38 @@ impl Backend for Cpu {
         linear::products(&self.pool, self.vectors, &mut self.products, inputs, weights, &sums)
     }
 
-    fn rope_table(&mut self, batch: &Batch, frequencies: &[f64], out: &mut Buffer) -> Result<()> {
-        shape::rope_table(batch, frequencies.len(), out.dims())?;
-        kv::rope_table(&self.pool, batch, frequencies, out.shared_f32s()?);
+    fn rope_table(&mut self, step: &Step, frequencies: &[f64], out: &mut Buffer) -> Result<()> {
+        shape::rope_table(step, frequencies.len(), out.dims())?;
+        kv::rope_table(&self.pool, &step.batch, frequencies, out.shared_f32s()?);
         Ok(())
     }
 
     fn rope_write_kv(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         qkv: &Buffer,
         rope: &Buffer,
         layer: usize,
         kv: &mut KvCache,
         q: &mut Buffer,
     ) -> Result<()> {
-        let group = shape::rope_write_kv(batch, qkv.dims(), rope.dims(), layer, kv.dims, q.dims())?;
-        let fresh = kv::Fresh { batch, qkv: qkv.f32s(), rope: rope.f32s(), group, layer };
+        let group = shape::rope_write_kv(step, qkv.dims(), rope.dims(), layer, kv.dims, q.dims())?;
+        let fresh = kv::Fresh { batch: &step.batch, qkv: qkv.f32s(), rope: rope.f32s(), group, layer };
         kv::rope_write_kv(&self.pool, self.vectors, &fresh, kv, q);
         Ok(())
     }
 
     fn attend(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         q: &Buffer,
         layer: usize,
         kv: &KvCache,
         scale: f32,
         out: &mut Buffer,
     ) -> Result<()> {
-        let group = shape::attend(batch, q.dims(), layer, kv.dims, out.dims())?;
-        let attention = attend::Attention { batch, q, group, layer, kv, scale };
+        let group = shape::attend(step, q.dims(), layer, kv.dims, out.dims())?;
+        let attention = attend::Attention { batch: &step.batch, q, group, layer, kv, scale };
         attend::attend(&self.pool, self.vectors, &mut self.attention, &attention, out)
     }
 
@@ -263,9 +268,23 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn gather_rows(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {
-        shape::gather_rows(x.dims(), rows, out.dims())?;
-        rows::gather_rows(x, rows, out);
+    fn gather_sampled(&mut self, step: &Step, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        shape::gather_sampled(step, x.dims(), out.dims())?;
+        let rows: Vec<usize> = step.sampled.iter().map(|sampled| sampled.row).collect();
+        rows::gather_rows(x, &rows, out);
         Ok(())
+    }
+
+    fn sample(&mut self, step: &Step, logits: &Buffer) -> Result<()> {
+        shape::sample(step, logits.dims())?;
+        let rows = logits.f32s().chunks_exact(logits.cols());
+        let choices =
+            step.sampled.iter().zip(rows).map(|(sampled, row)| sample(row, &sampled.draw)).collect();
+        self.choices.push_back(choices);
+        Ok(())
+    }
+
+    fn choices(&mut self) -> Result<Vec<Choice>> {
+        self.choices.pop_front().ok_or_else(crate::sample::nothing_asked)
     }
 }

@@ -8,10 +8,17 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod oracle;
+pub mod sample;
 mod shape;
 pub mod tree;
 
-pub use backend::{Backend, Batch, DType, Error, HostBuffer, Partial, Result, RowBlock, Slice, SourceType};
+pub use backend::{
+    Backend, Batch, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow, Slice,
+    SourceType, Step,
+};
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, CudaOptions};
 pub use oracle::Oracle;
+pub use sample::{Choice, Draw};
 pub use tree::Tree;

@@ -2,15 +2,23 @@
 //!
 //! Maths is in f32; where a buffer, a weight or the cache is bf16, its values are rounded to bf16 when stored.
 
+use std::collections::VecDeque;
+
 use candle_core::{D, Device, Tensor};
 use half::{bf16, f16};
 
+use crate::sample::sample;
 use crate::shape::{self, BLOCK, Dims, KvDims};
-use crate::{Backend, Batch, DType, Error, HostBuffer, Partial, Result, RowBlock, Slice, SourceType, Tree};
+use crate::{
+    Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow, Slice,
+    SourceType, Step, Tree,
+};
 
 /// The reference backend.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Oracle;
+#[derive(Debug, Default)]
+pub struct Oracle {
+    choices: VecDeque<Vec<Choice>>,
+}
 
 /// An activation matrix; bf16 as rounded f32.
 #[derive(Debug, Clone)]
@@ -106,7 +114,7 @@ impl Backend for Oracle {
     type Table = OracleTable;
     type KvCache = OracleKvCache;
 
-    fn path(&self) -> &'static str {
+    fn path(&self) -> &str {
         "oracle"
     }
 
@@ -141,22 +149,15 @@ impl Backend for Oracle {
         matrix.n * matrix.k * matrix.dtype.size()
     }
 
-    fn kv_cache(
-        &self,
-        layers: usize,
-        units: usize,
-        head_dim: usize,
-        blocks: usize,
-        dtype: DType,
-    ) -> Result<OracleKvCache> {
-        shape::kv_cache(head_dim)?;
+    fn kv_cache(&mut self, shape: KvShape, blocks: usize) -> Result<OracleKvCache> {
+        shape::kv_cache(shape.head_dim)?;
+        let KvShape { layers, units, head_dim, .. } = shape;
         let empty = vec![0.0; layers * blocks * units * BLOCK * head_dim];
-        let dims = KvDims { layers, units, head_dim, blocks, dtype };
-        Ok(OracleKvCache { dims, keys: empty.clone(), values: empty })
+        Ok(OracleKvCache { dims: KvDims::new(shape, blocks), keys: empty.clone(), values: empty })
     }
 
-    fn kv_block_bytes(&self, layers: usize, units: usize, head_dim: usize, dtype: DType) -> usize {
-        2 * layers * units * BLOCK * head_dim * dtype.size()
+    fn kv_block_bytes(&self, shape: KvShape) -> usize {
+        2 * shape.layers * shape.units * BLOCK * shape.head_dim * shape.dtype.size()
     }
 
     fn read_row(&self, buffer: &OracleBuffer, row: usize) -> Result<Vec<f32>> {
@@ -164,10 +165,14 @@ impl Backend for Oracle {
         Ok(buffer.row(row))
     }
 
-    fn embed(&mut self, ids: &[u32], table: &OracleTable, out: &mut OracleBuffer) -> Result<()> {
+    fn kv_budget(&self) -> Result<u64> {
+        Ok(1 << 30)
+    }
+
+    fn embed(&mut self, step: &Step, table: &OracleTable, out: &mut OracleBuffer) -> Result<()> {
         let dims = table.rows.dims;
-        shape::embed(ids.len(), dims.cols, out.dims)?;
-        for (row, &id) in ids.iter().enumerate() {
+        shape::embed(step, dims.cols, out.dims)?;
+        for (row, &id) in step.ids.iter().enumerate() {
             match (id as usize).checked_sub(table.first_id).filter(|&at| at < dims.rows) {
                 Some(at) => out.set_row(row, &table.rows.row(at)),
                 None => out.set_row(row, &vec![0.0; dims.cols]),
@@ -256,9 +261,9 @@ impl Backend for Oracle {
         Ok(())
     }
 
-    fn rope_table(&mut self, batch: &Batch, frequencies: &[f64], out: &mut OracleBuffer) -> Result<()> {
-        shape::rope_table(batch, frequencies.len(), out.dims)?;
-        for (row, position) in batch.positions().enumerate() {
+    fn rope_table(&mut self, step: &Step, frequencies: &[f64], out: &mut OracleBuffer) -> Result<()> {
+        shape::rope_table(step, frequencies.len(), out.dims)?;
+        for (row, position) in step.batch.positions().enumerate() {
             let angles: Vec<f64> = frequencies.iter().map(|frequency| position as f64 * frequency).collect();
             let angles = Tensor::from_slice(&angles, angles.len(), &Device::Cpu)?;
             let functions = Tensor::cat(&[angles.cos()?, angles.sin()?], 0)?;
@@ -269,17 +274,18 @@ impl Backend for Oracle {
 
     fn rope_write_kv(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         qkv: &OracleBuffer,
         rope: &OracleBuffer,
         layer: usize,
         kv: &mut OracleKvCache,
         q: &mut OracleBuffer,
     ) -> Result<()> {
-        let group = shape::rope_write_kv(batch, qkv.dims, rope.dims, layer, kv.dims, q.dims)?;
+        let group = shape::rope_write_kv(step, qkv.dims, rope.dims, layer, kv.dims, q.dims)?;
         let KvDims { units, head_dim, dtype, .. } = kv.dims;
         let half = head_dim / 2;
-        let positions = batch.slices.iter().flat_map(|s| (s.start..s.start + s.len).map(move |p| (s, p)));
+        let positions =
+            step.batch.slices.iter().flat_map(|s| (s.start..s.start + s.len).map(move |p| (s, p)));
         for (row, (slice, position)) in positions.enumerate() {
             let heads = tensor(&qkv.row(row), &[units, group + 2, head_dim])?;
             let turn = tensor(&rope.row(row), &[1, 1, head_dim])?;
@@ -308,17 +314,17 @@ impl Backend for Oracle {
 
     fn attend(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         q: &OracleBuffer,
         layer: usize,
         kv: &OracleKvCache,
         scale: f32,
         out: &mut OracleBuffer,
     ) -> Result<()> {
-        let group = shape::attend(batch, q.dims, layer, kv.dims, out.dims)?;
+        let group = shape::attend(step, q.dims, layer, kv.dims, out.dims)?;
         let KvDims { units, head_dim, .. } = kv.dims;
         let mut first_row = 0;
-        for slice in &batch.slices {
+        for slice in &step.batch.slices {
             let end = slice.start + slice.len;
             let rows = q.tensor(first_row + slice.len)?.narrow(0, first_row, slice.len)?;
             let queries = rows.reshape((slice.len, units, group, head_dim))?;
@@ -369,12 +375,23 @@ impl Backend for Oracle {
         out.set(&Tensor::cat(&units, 1)?)
     }
 
-    fn gather_rows(&mut self, x: &OracleBuffer, rows: &[usize], out: &mut OracleBuffer) -> Result<()> {
-        shape::gather_rows(x.dims, rows, out.dims)?;
-        for (to, &from) in rows.iter().enumerate() {
-            out.set_row(to, &x.row(from));
+    fn gather_sampled(&mut self, step: &Step, x: &OracleBuffer, out: &mut OracleBuffer) -> Result<()> {
+        shape::gather_sampled(step, x.dims, out.dims)?;
+        for (to, from) in step.sampled.iter().enumerate() {
+            out.set_row(to, &x.row(from.row));
         }
         Ok(())
+    }
+
+    fn sample(&mut self, step: &Step, logits: &OracleBuffer) -> Result<()> {
+        shape::sample(step, logits.dims)?;
+        let choose = |(row, sampled): (usize, &SampledRow)| sample(&logits.row(row), &sampled.draw);
+        self.choices.push_back(step.sampled.iter().enumerate().map(choose).collect());
+        Ok(())
+    }
+
+    fn choices(&mut self) -> Result<Vec<Choice>> {
+        self.choices.pop_front().ok_or_else(crate::sample::nothing_asked)
     }
 }
 

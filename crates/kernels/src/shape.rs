@@ -1,6 +1,6 @@
 //! The ops' preconditions on sizes, checked alike by every backend.
 
-use crate::{Batch, DType, Error, Result, RowBlock, Tree};
+use crate::{Batch, DType, Error, KvShape, Result, RowBlock, Step, Tree};
 use std::ops::Range;
 
 /// Tokens of a KV block.
@@ -25,6 +25,13 @@ pub(crate) struct KvDims {
     pub head_dim: usize,
     pub blocks: usize,
     pub dtype: DType,
+}
+
+impl KvDims {
+    pub(crate) fn new(shape: KvShape, blocks: usize) -> Self {
+        let KvShape { layers, units, head_dim, dtype, .. } = shape;
+        Self { layers, units, head_dim, blocks, dtype }
+    }
 }
 
 /// An op by name, which its errors carry.
@@ -70,6 +77,14 @@ impl Op {
         Ok(())
     }
 
+    /// A step's sizes cover what it holds.
+    fn rows(self, step: &Step) -> Result<()> {
+        let covered = step.rows >= step.batch.rows() && step.sampled_rows >= step.sampled.len();
+        self.require(covered, || {
+            format!("{} rows for {}, {} sampled", step.rows, step.batch.rows(), step.sampled_rows)
+        })
+    }
+
     fn layer(self, layer: usize, kv: KvDims) -> Result<()> {
         self.require(layer < kv.layers, || format!("layer {layer} of {}", kv.layers))
     }
@@ -103,9 +118,25 @@ pub(crate) fn read_row(buffer: Dims, row: usize) -> Result<()> {
     Op("read_row").f32_matrix("buffer", buffer, row.saturating_add(1), buffer.cols)
 }
 
+/// [`crate::Backend::run`] of a backend that looks into the step before its ops do.
+#[cfg(feature = "cuda")]
+pub(crate) fn step(step: &Step, blocks: usize) -> Result<()> {
+    let op = Op("run");
+    op.rows(step)?;
+    op.require(step.ids.len() == step.batch.rows(), || {
+        format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
+    })?;
+    op.batch(&step.batch, blocks)
+}
+
 /// [`crate::Backend::embed`].
-pub(crate) fn embed(ids: usize, table_cols: usize, out: Dims) -> Result<()> {
-    Op("embed").f32_matrix("out", out, ids, table_cols)
+pub(crate) fn embed(step: &Step, table_cols: usize, out: Dims) -> Result<()> {
+    let op = Op("embed");
+    op.rows(step)?;
+    op.require(step.ids.len() == step.batch.rows(), || {
+        format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
+    })?;
+    op.f32_matrix("out", out, step.rows, table_cols)
 }
 
 /// [`crate::Backend::rms_norm`] and [`crate::Backend::add_rms_norm`].
@@ -157,13 +188,14 @@ pub(crate) fn linear_partials(
 }
 
 /// [`crate::Backend::rope_table`].
-pub(crate) fn rope_table(batch: &Batch, frequencies: usize, out: Dims) -> Result<()> {
-    Op("rope_table").f32_matrix("out", out, batch.rows(), 2 * frequencies)
+pub(crate) fn rope_table(step: &Step, frequencies: usize, out: Dims) -> Result<()> {
+    Op("rope_table").rows(step)?;
+    Op("rope_table").f32_matrix("out", out, step.rows, 2 * frequencies)
 }
 
 /// [`crate::Backend::rope_write_kv`]: returns g, the query heads of a unit.
 pub(crate) fn rope_write_kv(
-    batch: &Batch,
+    step: &Step,
     qkv: Dims,
     rope: Dims,
     layer: usize,
@@ -171,9 +203,10 @@ pub(crate) fn rope_write_kv(
     q: Dims,
 ) -> Result<usize> {
     let op = Op("rope_write_kv");
-    op.batch(batch, kv.blocks)?;
+    op.rows(step)?;
+    op.batch(&step.batch, kv.blocks)?;
     op.layer(layer, kv)?;
-    let rows = batch.rows();
+    let rows = step.rows;
     let unit = kv.units * kv.head_dim;
     let group = (qkv.cols / unit.max(1)).saturating_sub(2);
     op.require(group > 0, || format!("qkv of {} columns has no query heads", qkv.cols))?;
@@ -182,23 +215,24 @@ pub(crate) fn rope_write_kv(
     op.matrix("q", q, rows, unit * group)?;
     // Threads write the slices side by side.
     let written = |s: &crate::Slice| s.blocks[s.start / BLOCK..(s.start + s.len).div_ceil(BLOCK)].to_vec();
-    let mut blocks: Vec<u32> = batch.slices.iter().flat_map(written).collect();
+    let mut blocks: Vec<u32> = step.batch.slices.iter().flat_map(written).collect();
     blocks.sort_unstable();
     op.require(blocks.windows(2).all(|pair| pair[0] != pair[1]), || "a block is written twice".into())?;
     Ok(group)
 }
 
 /// [`crate::Backend::attend`]: returns g, the query heads of a unit.
-pub(crate) fn attend(batch: &Batch, q: Dims, layer: usize, kv: KvDims, out: Dims) -> Result<usize> {
+pub(crate) fn attend(step: &Step, q: Dims, layer: usize, kv: KvDims, out: Dims) -> Result<usize> {
     let op = Op("attend");
-    op.batch(batch, kv.blocks)?;
+    op.rows(step)?;
+    op.batch(&step.batch, kv.blocks)?;
     op.layer(layer, kv)?;
     let unit = kv.units * kv.head_dim;
     let group = q.cols / unit.max(1);
     op.require(group > 0, || format!("q of {} columns has no heads", q.cols))?;
-    op.matrix("q", q, batch.rows(), unit * group)?;
+    op.matrix("q", q, step.rows, unit * group)?;
     op.require(q.dtype == out.dtype, || "q and out are of several types".into())?;
-    op.matrix("out", out, batch.rows(), unit * group)?;
+    op.matrix("out", out, step.rows, unit * group)?;
     Ok(group)
 }
 
@@ -209,10 +243,21 @@ pub(crate) fn silu_mul(rows: usize, gate_up: Dims, widths: &[usize], out: Dims) 
     Op("silu_mul").matrix("out", out, rows, total)
 }
 
-/// [`crate::Backend::gather_rows`].
-pub(crate) fn gather_rows(x: Dims, rows: &[usize], out: Dims) -> Result<()> {
-    let op = Op("gather_rows");
+/// [`crate::Backend::gather_sampled`].
+pub(crate) fn gather_sampled(step: &Step, x: Dims, out: Dims) -> Result<()> {
+    let op = Op("gather_sampled");
+    op.rows(step)?;
     op.require(x.dtype == out.dtype, || "x and out are of several types".into())?;
-    op.require(rows.iter().all(|&row| row < x.rows), || format!("a row past {}", x.rows))?;
-    op.matrix("out", out, rows.len(), x.cols)
+    op.require(x.rows >= step.rows, || format!("x has {} of {} rows", x.rows, step.rows))?;
+    let stranger = step.sampled.iter().find(|sampled| sampled.row >= step.rows);
+    op.require(stranger.is_none(), || format!("a sampled row past {}", step.rows))?;
+    op.matrix("out", out, step.sampled_rows, x.cols)
+}
+
+/// [`crate::Backend::sample`].
+pub(crate) fn sample(step: &Step, logits: Dims) -> Result<()> {
+    let op = Op("sample");
+    op.rows(step)?;
+    op.require(logits.cols > 0, || "no logits".into())?;
+    op.f32_matrix("logits", logits, step.sampled_rows, logits.cols)
 }

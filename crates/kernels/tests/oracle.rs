@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{Device, Random, Sequences, assert_close, block, bytes, cpus, weight};
-use kernels::{Backend, Batch, DType, HostBuffer, Oracle, Partial, Slice, SourceType, Tree};
+use common::ops::{embedded, gated, linear, norms, partials, turned};
+use common::{Device, Random, Sequences, assert_close, cpus, run, sampled_step};
+use kernels::{Backend, DType, Draw, HostBuffer, Oracle, SourceType};
 
 const TYPES: [(DType, DType, SourceType); 6] = [
     (DType::F32, DType::F32, SourceType::F32),
@@ -15,22 +16,6 @@ const TYPES: [(DType, DType, SourceType); 6] = [
     (DType::Bf16, DType::F32, SourceType::F32),
 ];
 
-fn linear<B: Device>(
-    backend: &mut B,
-    types: (DType, DType, SourceType),
-    rows: usize,
-    k: usize,
-    n: &[usize],
-) -> Vec<Vec<f32>> {
-    let (compute, dtype, source) = types;
-    let mut random = Random::new((rows * 7919 + k) as u64);
-    let x = backend.filled(compute, &random.rows(rows, k));
-    let weights: Vec<_> = n.iter().map(|&n| weight(backend, n, k, source, dtype, &mut random)).collect();
-    let mut out = backend.buffer(DType::F32, rows, n.iter().sum()).unwrap();
-    backend.linear(rows, &x, &weights, &mut out).unwrap();
-    B::rows(&out, rows)
-}
-
 #[test]
 fn linear_of_ragged_shapes() {
     for cpu in &mut cpus() {
@@ -39,7 +24,7 @@ fn linear_of_ragged_shapes() {
                 for rows in [1, 2, 3, 5, 12, 13, 29] {
                     let n = [1, 15, 16, 17, 33, 64];
                     let what = format!("{} {types:?} {rows} × {k}", cpu.path());
-                    let want = linear(&mut Oracle, types, rows, k, &n);
+                    let want = linear(&mut Oracle::default(), types, rows, k, &n);
                     assert_close(&linear(cpu, types, rows, k, &n), &want, 1e-4, &what);
                 }
             }
@@ -51,37 +36,10 @@ fn linear_of_ragged_shapes() {
 fn linear_of_many_rows() {
     for cpu in &mut cpus() {
         for types in [TYPES[0], TYPES[4]] {
-            let want = linear(&mut Oracle, types, 700, 1100, &[200]);
+            let want = linear(&mut Oracle::default(), types, 700, 1100, &[200]);
             assert_close(&linear(cpu, types, 700, 1100, &[200]), &want, 3e-4, cpu.path());
         }
     }
-}
-
-fn partials<B: Device>(
-    backend: &mut B,
-    types: (DType, DType, SourceType),
-    rows: usize,
-    units: usize,
-    held: std::ops::Range<usize>,
-) -> Vec<Vec<f32>> {
-    let (compute, dtype, source) = types;
-    let (tree, n) = (Tree { units }, 45);
-    let mut random = Random::new(units as u64);
-    let widths: Vec<usize> = (0..units).map(|unit| 2 + (unit * 254) % 700).collect();
-    let all = random.rows(rows, widths.iter().sum());
-    let weights: Vec<_> = widths.iter().map(|&k| weight(backend, n, k, source, dtype, &mut random)).collect();
-    let weights: Vec<_> = weights.into_iter().skip(held.start).take(held.len()).collect();
-    let first: usize = widths[..held.start].iter().sum();
-    let last: usize = widths[..held.end].iter().sum();
-    let x: Vec<Vec<f32>> = all.iter().map(|row| row[first..last].to_vec()).collect();
-    let x = backend.filled(compute, &x);
-    let mut partials: Vec<_> = tree
-        .subtrees(&held)
-        .into_iter()
-        .map(|units| Partial { units, sum: backend.buffer(DType::F32, rows, n).unwrap() })
-        .collect();
-    backend.linear_partials(rows, &x, &weights, held.start, tree, &mut partials).unwrap();
-    partials.iter().flat_map(|partial| B::rows(&partial.sum, rows)).collect()
 }
 
 #[test]
@@ -91,20 +49,12 @@ fn linear_partials_of_uneven_units() {
             for (units, held) in [(1, 0..1), (4, 0..4), (8, 1..7), (7, 2..7), (5, 4..5)] {
                 for rows in [1, 7, 40] {
                     let what = format!("{} {types:?} units {held:?} of {units}, {rows} rows", cpu.path());
-                    let want = partials(&mut Oracle, types, rows, units, held.clone());
-                    assert_close(&partials(cpu, types, rows, units, held.clone()), &want, 2e-4, &what);
+                    let want = partials(&mut Oracle::default(), types, 2, rows, units, held.clone());
+                    assert_close(&partials(cpu, types, 2, rows, units, held.clone()), &want, 2e-4, &what);
                 }
             }
         }
     }
-}
-
-fn embedded<B: Device>(backend: &mut B, dtype: DType, source: SourceType) -> Vec<Vec<f32>> {
-    let data = bytes(&Random::new(5).row(10 * 37), source);
-    let table = backend.table(block(&data, source, 10, 37), 20, dtype).unwrap();
-    let mut out = backend.filled(DType::F32, &vec![vec![9.0; 37]; 6]);
-    backend.embed(&[20, 29, 30, 19, 0, 25], &table, &mut out).unwrap();
-    B::rows(&out, 6)
 }
 
 #[test]
@@ -112,25 +62,10 @@ fn embed_gives_rows_or_zeros() {
     for cpu in &mut cpus() {
         for dtype in [DType::F32, DType::Bf16] {
             for source in [SourceType::F32, SourceType::F16, SourceType::Bf16] {
-                assert_eq!(embedded(cpu, dtype, source), embedded(&mut Oracle, dtype, source));
+                assert_eq!(embedded(cpu, dtype, source), embedded(&mut Oracle::default(), dtype, source));
             }
         }
     }
-}
-
-fn norms<B: Device>(backend: &mut B, compute: DType, rows: usize, cols: usize) -> Vec<Vec<f32>> {
-    let mut random = Random::new(cols as u64);
-    let x = backend.filled(DType::F32, &random.rows(rows, cols));
-    let mut residual = backend.filled(DType::F32, &random.rows(rows, cols));
-    let data = bytes(&random.row(cols), SourceType::Bf16);
-    let weight = backend.vector(block(&data, SourceType::Bf16, 1, cols)).unwrap();
-    let mut out = backend.buffer(compute, rows, cols).unwrap();
-    backend.rms_norm(rows, &x, &weight, 1e-5, &mut out).unwrap();
-    let mut all = B::rows(&out, rows);
-    backend.add_rms_norm(rows, &x, &mut residual, &weight, 1e-5, &mut out).unwrap();
-    all.extend(B::rows(&out, rows));
-    all.extend(B::rows(&residual, rows));
-    all
 }
 
 #[test]
@@ -139,7 +74,7 @@ fn norms_of_any_width() {
         for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
             for cols in [1, 7, 16, 33, 64, 100, 2048] {
                 for rows in [1, 3, 40] {
-                    let want = norms(&mut Oracle, compute, rows, cols);
+                    let want = norms(&mut Oracle::default(), compute, rows, cols);
                     assert_close(&norms(cpu, compute, rows, cols), &want, tolerance, cpu.path());
                 }
             }
@@ -147,22 +82,12 @@ fn norms_of_any_width() {
     }
 }
 
-fn gated<B: Device>(backend: &mut B, compute: DType, rows: usize, widths: &[usize]) -> Vec<Vec<f32>> {
-    let total: usize = widths.iter().sum();
-    let mut values = Random::new(total as u64).rows(rows, 2 * total);
-    values.iter_mut().flatten().for_each(|x| *x *= 20.0);
-    let gate_up = backend.filled(DType::F32, &values);
-    let mut out = backend.buffer(compute, rows, total).unwrap();
-    backend.silu_mul(rows, &gate_up, widths, &mut out).unwrap();
-    B::rows(&out, rows)
-}
-
 #[test]
 fn silu_mul_of_odd_widths() {
     for cpu in &mut cpus() {
         for (compute, tolerance) in [(DType::F32, 1e-5), (DType::Bf16, 8e-3)] {
             for widths in [&[1][..], &[5, 3, 17], &[129, 128], &[64, 64, 64, 65]] {
-                let want = gated(&mut Oracle, compute, 9, widths);
+                let want = gated(&mut Oracle::default(), compute, 9, widths);
                 assert_close(&gated(cpu, compute, 9, widths), &want, tolerance, cpu.path());
             }
         }
@@ -182,19 +107,10 @@ fn silu_mul_at_the_ends_of_the_range() {
     }
 }
 
-fn turned<B: Device>(backend: &mut B) -> Vec<Vec<f32>> {
-    let frequencies: Vec<f64> = (0..64).map(|i| 5e6f64.powf(-f64::from(i) / 64.0)).collect();
-    let slice = |start: usize, len: usize| Slice { start, len, blocks: vec![0; (start + len).div_ceil(64)] };
-    let batch = Batch { slices: vec![slice(0, 3), slice(199_990, 40), slice(511, 2)] };
-    let mut out = backend.buffer(DType::F32, batch.rows(), 128).unwrap();
-    backend.rope_table(&batch, &frequencies, &mut out).unwrap();
-    B::rows(&out, batch.rows())
-}
-
 #[test]
 fn rope_far_out() {
     for cpu in &mut cpus() {
-        assert_close(&turned(cpu), &turned(&mut Oracle), 1e-7, cpu.path());
+        assert_close(&turned(cpu), &turned(&mut Oracle::default()), 1e-7, cpu.path());
     }
 }
 
@@ -204,7 +120,8 @@ fn gathered_rows_are_copies() {
         for dtype in [DType::F32, DType::Bf16] {
             let x = cpu.filled(dtype, &Random::new(1).rows(5, 19));
             let mut out = cpu.buffer(dtype, 4, 19).unwrap();
-            cpu.gather_rows(&x, &[4, 0, 4, 2], &mut out).unwrap();
+            let step = sampled_step(cpu, 5, &[4, 0, 4, 2].map(|row| (row, Draw::GREEDY)));
+            run(cpu, &step, |cpu| cpu.gather_sampled(&step, &x, &mut out));
             assert_eq!(<kernels::Cpu as Device>::rows(&out, 4), [x.row(4), x.row(0), x.row(4), x.row(2)]);
         }
     }
@@ -219,7 +136,7 @@ const ATTENTION: [(DType, DType, f32); 4] = [
 ];
 
 fn assert_attention(sequences: &Sequences, steps: &[Vec<(usize, usize)>], tolerance: f32) {
-    let want = sequences.run(&mut Oracle, steps);
+    let want = sequences.run(&mut Oracle::default(), steps);
     for cpu in &mut cpus() {
         let got = sequences.run(cpu, steps);
         for (sequence, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -277,8 +194,8 @@ fn attention_over_several_spans() {
 
 #[test]
 fn the_oracle_shares_its_memory_too() {
-    let mut buffer = Oracle.buffer(DType::F32, 1, 2).unwrap();
+    let mut buffer = Oracle::default().buffer(DType::F32, 1, 2).unwrap();
     buffer.as_f32_mut().unwrap()[1] = 3.0;
-    assert_eq!(Oracle.read_row(&buffer, 0), Ok(vec![0.0, 3.0]));
-    assert!(Oracle.buffer(DType::Bf16, 1, 2).unwrap().as_f32().is_none());
+    assert_eq!(Oracle::default().read_row(&buffer, 0), Ok(vec![0.0, 3.0]));
+    assert!(Oracle::default().buffer(DType::Bf16, 1, 2).unwrap().as_f32().is_none());
 }

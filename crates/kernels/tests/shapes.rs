@@ -3,10 +3,11 @@
 
 mod common;
 
-use common::{Device, block, cpus};
+use common::{Device, block, cpus, ids_step, sampled_step, step};
 use kernels::cpu::Path;
 use kernels::{
-    Backend, Batch, Cpu, DType, Error, HostBuffer, Oracle, Partial, Result, Slice, SourceType, Tree,
+    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, KvShape, Oracle, Partial, Result, Slice, SourceType,
+    Step, Tree,
 };
 
 fn assert_shape<T>(result: Result<T>) {
@@ -15,6 +16,10 @@ fn assert_shape<T>(result: Result<T>) {
         Err(other) => panic!("another error: {other}"),
         Ok(_) => panic!("accepted"),
     }
+}
+
+fn kv_shape(layers: usize, head_dim: usize) -> KvShape {
+    KvShape { layers, units: 1, group: 2, head_dim, dtype: DType::F32 }
 }
 
 fn slice(start: usize, len: usize, blocks: &[u32]) -> Slice {
@@ -32,17 +37,17 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.matrix(&[block(&data[..7], SourceType::F32, 1, 2)], DType::F32));
     assert_shape(b.table(block(&data, SourceType::F32, 1, 2), 0, DType::F32));
     assert_shape(b.vector(block(&data, SourceType::F32, usize::MAX, 2)));
-    assert_shape(b.kv_cache(1, 1, 15, 1, DType::F32));
-    assert_shape(b.kv_cache(1, 1, 1024, 1, DType::F32));
+    assert_shape(b.kv_cache(kv_shape(1, 15), 1));
+    assert_shape(b.kv_cache(kv_shape(1, 1024), 1));
 
     let small = buffer(b, 2, 4);
     assert_shape(b.read_row(&small, 2));
     assert_shape(b.read_row(&b.buffer(DType::Bf16, 2, 4).unwrap(), 0));
 
     let table = b.table(f32s(4, 4), 0, DType::F32).unwrap();
-    assert_shape(b.embed(&[0, 1, 2], &table, &mut buffer(b, 2, 4)));
-    assert_shape(b.embed(&[0], &table, &mut buffer(b, 2, 5)));
-    assert_shape(b.embed(&[0], &table, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    assert_shape(b.embed(&ids_step(b, &[0, 1, 2]), &table, &mut buffer(b, 2, 4)));
+    assert_shape(b.embed(&ids_step(b, &[0]), &table, &mut buffer(b, 2, 5)));
+    assert_shape(b.embed(&ids_step(b, &[0]), &table, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
 
     let (weight, long) = (buffer(b, 1, 4), buffer(b, 1, 5));
     assert_shape(b.rms_norm(3, &small, &weight, 1e-5, &mut buffer(b, 3, 4)));
@@ -66,11 +71,11 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.linear_partials(2, &buffer(b, 2, 8), &weights, 0, tree, &mut partial(b, 0..2, 3)));
 
     let batch = |slices: &[Slice]| Batch { slices: slices.to_vec() };
-    let good = batch(&[slice(0, 2, &[0])]);
+    let good = step(b, batch(&[slice(0, 2, &[0])]));
     assert_shape(b.rope_table(&good, &[1.0; 3], &mut buffer(b, 2, 4)));
     assert_shape(b.rope_table(&good, &[1.0; 2], &mut buffer(b, 1, 4)));
 
-    let mut kv = b.kv_cache(2, 1, 4, 3, DType::F32).unwrap();
+    let mut kv = b.kv_cache(kv_shape(2, 4), 3).unwrap();
     let (qkv, rope) = (buffer(b, 200, 16), buffer(b, 200, 4));
     let mut q = buffer(b, 200, 8);
     let bad = [
@@ -80,12 +85,13 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
         batch(&[slice(0, 2, &[3])]),
         batch(&[slice(0, 201, &[0, 1, 2, 0])]),
     ];
-    for batch in &bad {
+    for batch in bad {
+        let batch = &Step::new(vec![0; batch.rows()], batch, Vec::new());
         assert_shape(b.rope_write_kv(batch, &qkv, &rope, 0, &mut kv, &mut q));
         assert_shape(b.attend(batch, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)));
     }
     // Two slices must not write one block, but may read it.
-    let shared = batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]);
+    let shared = Step::new(vec![0; 2], batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]), Vec::new());
     assert_shape(b.rope_write_kv(&shared, &qkv, &rope, 0, &mut kv, &mut q));
     b.attend(&shared, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)).unwrap();
     assert_shape(b.rope_write_kv(&good, &qkv, &rope, 2, &mut kv, &mut q));
@@ -99,43 +105,51 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
 
     assert_shape(b.silu_mul(2, &small, &[2, 1], &mut buffer(b, 2, 3)));
     assert_shape(b.silu_mul(2, &small, &[1, 1], &mut buffer(b, 2, 3)));
-    assert_shape(b.gather_rows(&small, &[2], &mut buffer(b, 2, 4)));
-    assert_shape(b.gather_rows(&small, &[0, 0, 0], &mut buffer(b, 2, 4)));
-    assert_shape(b.gather_rows(&small, &[0], &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    let sampled = |b: &B, rows: &[usize]| {
+        sampled_step(b, 2, &rows.iter().map(|&r| (r, Draw::GREEDY)).collect::<Vec<_>>())
+    };
+    assert_shape(b.gather_sampled(&sampled(b, &[2]), &small, &mut buffer(b, 2, 4)));
+    assert_shape(b.gather_sampled(&sampled(b, &[0, 0, 0]), &small, &mut buffer(b, 2, 4)));
+    assert_shape(b.gather_sampled(&sampled(b, &[0]), &small, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
+    assert_shape(b.sample(&sampled(b, &[0, 1]), &buffer(b, 1, 4)));
+    assert_shape(b.sample(&sampled(b, &[0]), &buffer(b, 1, 0)));
+    assert_shape(b.choices());
+    let hollow = Step { rows: 1, ..sampled(b, &[0]) };
+    assert_shape(b.embed(&hollow, &table, &mut buffer(b, 2, 4)));
 }
 
 #[test]
 fn every_backend_rejects_bad_sizes() {
-    rejects_bad_sizes(&mut Oracle);
+    rejects_bad_sizes(&mut Oracle::default());
     cpus().iter_mut().for_each(rejects_bad_sizes);
 }
 
 fn accepts_nothing<B: Device>(b: &mut B) {
-    let empty = Batch::default();
+    let empty = Step::new(Vec::new(), Batch::default(), Vec::new());
     let mut f32s = b.buffer(DType::F32, 0, 8).unwrap();
     let other = b.buffer(DType::F32, 0, 8).unwrap();
-    let mut kv = b.kv_cache(1, 1, 4, 0, DType::F32).unwrap();
+    let mut kv = b.kv_cache(kv_shape(1, 4), 0).unwrap();
     b.linear(0, &other, &[], &mut b.buffer(DType::F32, 0, 0).unwrap()).unwrap();
     b.rope_table(&empty, &[1.0; 4], &mut f32s).unwrap();
     let qkv = b.buffer(DType::F32, 0, 16).unwrap();
     b.rope_write_kv(&empty, &qkv, &b.buffer(DType::F32, 0, 4).unwrap(), 0, &mut kv, &mut f32s).unwrap();
     b.attend(&empty, &other, 0, &kv, 1.0, &mut f32s).unwrap();
-    b.gather_rows(&other, &[], &mut f32s).unwrap();
+    b.gather_sampled(&empty, &other, &mut f32s).unwrap();
     b.silu_mul(0, &other, &[4], &mut b.buffer(DType::F32, 0, 4).unwrap()).unwrap();
 }
 
 #[test]
 fn a_step_without_rows_does_nothing() {
-    accepts_nothing(&mut Oracle);
+    accepts_nothing(&mut Oracle::default());
     cpus().iter_mut().for_each(accepts_nothing);
 }
 
 #[test]
 fn too_much_memory_is_an_error() {
-    let cpu = Cpu::new(1).unwrap();
+    let mut cpu = Cpu::new(1).unwrap();
     let buffer = cpu.buffer(DType::F32, 1 << 40, 1 << 10);
     assert!(matches!(buffer, Err(Error::OutOfMemory { .. })));
-    let kv = cpu.kv_cache(1 << 20, 1 << 10, 128, 1 << 20, DType::F32);
+    let kv = cpu.kv_cache(KvShape { units: 1 << 10, ..kv_shape(1 << 20, 128) }, 1 << 20);
     assert!(matches!(kv, Err(Error::OutOfMemory { .. })));
 }
 

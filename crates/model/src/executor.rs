@@ -1,14 +1,14 @@
 //! Runs step plans: checks a plan against this rank, runs the forward pass, samples.
 
+use std::collections::VecDeque;
 use std::fmt::Display;
 
 use comm::Collective;
-use engine::{SampledToken, SeqSlice, StepOutput, StepPlan};
-use kernels::{Backend, Batch, Slice};
+use engine::{Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan};
+use kernels::{Backend, Batch, Choice, Draw, SampledRow, Slice, Step};
 
 use crate::error::{Error, Result};
 use crate::forward::Model;
-use crate::sampler::sample;
 
 /// Rows of one plan: more than any sensible step, little enough that a false plan cannot exhaust memory.
 const MAX_ROWS: usize = 65_536;
@@ -17,7 +17,7 @@ const MAX_ROWS: usize = 65_536;
 pub trait Executor {
     /// Starts a step. Every rank of the group is given the same plans in the same order.
     fn launch(&mut self, plan: &StepPlan) -> Result<()>;
-    /// The output of the oldest step that has ended: on the sampling rank its tokens, elsewhere none.
+    /// Waits for the oldest step that was not polled yet: on the sampling rank its output, elsewhere none.
     fn poll(&mut self) -> Result<Option<StepOutput>>;
     /// KV blocks that this rank can hold.
     fn kv_blocks(&self) -> usize;
@@ -34,16 +34,25 @@ pub(crate) struct Limits {
     pub(crate) block_size: usize,
 }
 
-/// The executor of a backend that computes within the call, as the CPU does.
+/// Runs plans on one backend. Steps may be launched before earlier ones were polled, as many as the backend takes.
 pub struct ModelExecutor<B: Backend, C> {
     model: Model<B, C>,
     limits: Limits,
-    ended: Option<StepOutput>,
+    /// Launched and not polled yet.
+    running: VecDeque<Running>,
+}
+
+/// A step whose tokens are awaited.
+struct Running {
+    epoch: Epoch,
+    step: StepId,
+    /// The sequences that are sampled from, in order.
+    sequences: Vec<SeqId>,
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
     pub(crate) fn new(model: Model<B, C>, limits: Limits) -> Self {
-        Self { model, limits, ended: None }
+        Self { model, limits, running: VecDeque::new() }
     }
 
     /// The backend, for measurements between steps.
@@ -54,31 +63,36 @@ impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
     /// Runs a plan and returns, for every slice with sampling, the logits `[vocabulary]` of its last row; nothing
     /// on ranks that do not sample. For tests and tools: serving never moves logits.
     pub fn logits(&mut self, plan: &StepPlan) -> Result<Vec<Vec<f32>>> {
+        let step = self.step(plan)?;
+        self.model.logits(&step)
+    }
+
+    fn step(&self, plan: &StepPlan) -> Result<Step> {
         self.limits.check(plan)?;
-        let ids: Vec<u32> = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        self.model.step(&ids, &batch(plan), &sampled_rows(plan))
+        let ids = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        Ok(self.model.step(ids, batch(plan), sampled_rows(plan)))
     }
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
     fn launch(&mut self, plan: &StepPlan) -> Result<()> {
-        let logits = self.logits(plan)?;
+        let step = self.step(plan)?;
+        self.model.begin(&step)?;
         if self.model.samples() {
-            let sampled = plan.slices.iter().filter_map(|slice| Some((slice.seq, slice.sampling?)));
-            let tokens = sampled
-                .zip(&logits)
-                .map(|((seq, sampling), logits)| {
-                    let choice = sample(logits, &sampling.params, sampling.position);
-                    SampledToken { seq, id: choice.id, logprob: choice.logprob }
-                })
-                .collect();
-            self.ended = Some(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
+            let sampled = plan.slices.iter().filter(|slice| slice.sampling.is_some());
+            let sequences = sampled.map(|slice| slice.seq).collect();
+            self.running.push_back(Running { epoch: plan.epoch, step: plan.step, sequences });
         }
         Ok(())
     }
 
     fn poll(&mut self) -> Result<Option<StepOutput>> {
-        Ok(self.ended.take())
+        let Some(Running { epoch, step, sequences }) = self.running.pop_front() else { return Ok(None) };
+        let choices = if sequences.is_empty() { Vec::new() } else { self.model.choices()? };
+        let token =
+            |(seq, choice): (SeqId, Choice)| SampledToken { seq, id: choice.id, logprob: choice.logprob };
+        let tokens = sequences.into_iter().zip(choices).map(token).collect();
+        Ok(Some(StepOutput { epoch, step, tokens }))
     }
 
     fn kv_blocks(&self) -> usize {
@@ -144,13 +158,14 @@ fn batch(plan: &StepPlan) -> Batch {
 }
 
 /// The last row of every slice that is sampled from.
-fn sampled_rows(plan: &StepPlan) -> Vec<usize> {
+fn sampled_rows(plan: &StepPlan) -> Vec<SampledRow> {
     let mut end = 0;
     let mut rows = Vec::new();
     for slice in &plan.slices {
         end += slice.tokens.len();
-        if slice.sampling.is_some() {
-            rows.push(end - 1);
+        if let Some(Sampling { params, position }) = slice.sampling {
+            let SamplingParams { temperature, top_k, top_p, seed } = params;
+            rows.push(SampledRow { row: end - 1, draw: Draw { temperature, top_k, top_p, seed, position } });
         }
     }
     rows

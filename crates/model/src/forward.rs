@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use comm::Collective;
 use engine::{Unit, units};
-use kernels::{Backend, Batch, DType, Partial, Tree};
+use kernels::{Backend, Batch, Choice, DType, Partial, SampledRow, Step, Tree};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -82,73 +82,55 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         Self { backend, collective, weights, kv, dims, activations: None }
     }
 
-    /// Runs a step: fills the KV cache for all its rows. On the sampling rank, returns for each row of `sampled` (ascending) the
-    /// logits over the whole vocabulary; elsewhere nothing.
-    pub(crate) fn step(&mut self, ids: &[u32], batch: &Batch, sampled: &[usize]) -> Result<Vec<Vec<f32>>> {
-        let rows = batch.rows();
+    /// A step of `batch`, of which some rows are sampled.
+    pub(crate) fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+        self.backend.step(ids, batch, sampled)
+    }
+
+    /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
+    pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
+        self.reserve(step.rows)?;
+        let Self { backend, collective, weights, kv, dims, activations } = self;
+        let Some(a) = activations else { return Ok(()) };
+        let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
+        backend.run(step, collective.can_be_recorded(), |backend| {
+            forward(backend, collective, weights, kv, dims, a, step)?;
+            if samples {
+                backend.sample(step, &a.all_logits)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The choices of the oldest step that began and was not asked about; nothing on ranks that do not sample.
+    pub(crate) fn choices(&mut self) -> Result<Vec<Choice>> {
+        Ok(self.backend.choices()?)
+    }
+
+    /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
+    pub(crate) fn logits(&mut self, step: &Step) -> Result<Vec<Vec<f32>>> {
+        self.reserve(step.rows)?;
+        let Self { backend, collective, weights, kv, dims, activations } = self;
+        let Some(a) = activations else { return Ok(Vec::new()) };
+        // These ops are not those of `begin`.
+        backend.reset();
+        backend.run(step, false, |backend| forward(backend, collective, weights, kv, dims, a, step))?;
+        backend.reset();
+        if collective.rank() != SAMPLING_RANK {
+            return Ok(Vec::new());
+        }
+        (0..step.sampled.len()).map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect()
+    }
+
+    /// Makes room for steps of up to `rows` rows.
+    pub(crate) fn reserve(&mut self, rows: usize) -> Result<()> {
         if self.activations.as_ref().is_none_or(|a| a.rows < rows) {
+            self.backend.reset();
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
             self.activations = Some(Activations::allocate(&self.backend, &self.dims, rows)?);
         }
-        let Self { backend, collective, weights, kv, dims, activations } = self;
-        let Some(a) = activations else { return Ok(Vec::new()) };
-        let (tree, first_unit, len) = (dims.tree, dims.held.start, rows * dims.hidden);
-        let scale = 1.0 / (dims.head_dim as f32).sqrt();
-
-        backend.rope_table(batch, &dims.frequencies, &mut a.rope)?;
-        for (table, partial) in weights.embedding.iter().zip(&mut a.partials) {
-            backend.embed(ids, table, &mut partial.sum)?;
-        }
-        collective.tree_reduce(tree, len, &a.partials, &mut a.residual)?;
-
-        for (index, layer) in weights.layers.iter().enumerate() {
-            if index == 0 {
-                backend.rms_norm(rows, &a.residual, &layer.attention_norm, dims.eps, &mut a.normed)?;
-            } else {
-                let norm = &layer.attention_norm;
-                backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
-            }
-            backend.linear(rows, &a.normed, &layer.qkv, &mut a.qkv)?;
-            backend.rope_write_kv(batch, &a.qkv, &a.rope, index, kv, &mut a.q)?;
-            backend.attend(batch, &a.q, index, kv, scale, &mut a.attended)?;
-            backend.linear_partials(rows, &a.attended, &layer.o, first_unit, tree, &mut a.partials)?;
-            collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
-
-            backend.add_rms_norm(
-                rows,
-                &a.reduced,
-                &mut a.residual,
-                &layer.ffn_norm,
-                dims.eps,
-                &mut a.normed,
-            )?;
-            backend.linear(rows, &a.normed, &layer.gate_up, &mut a.gate_up)?;
-            backend.silu_mul(rows, &a.gate_up, &dims.ffn_widths, &mut a.activated)?;
-            backend.linear_partials(rows, &a.activated, &layer.down, first_unit, tree, &mut a.partials)?;
-            collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
-        }
-
-        if sampled.is_empty() {
-            return Ok(Vec::new());
-        }
-        let count = sampled.len();
-        backend.gather_rows(&a.residual, sampled, &mut a.last_residual)?;
-        backend.gather_rows(&a.reduced, sampled, &mut a.last_reduced)?;
-        backend.add_rms_norm(
-            count,
-            &a.last_reduced,
-            &mut a.last_residual,
-            &weights.norm,
-            dims.eps,
-            &mut a.normed,
-        )?;
-        backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
-        collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
-        if collective.rank() != SAMPLING_RANK {
-            return Ok(Vec::new());
-        }
-        (0..count).map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect()
+        Ok(())
     }
 
     /// Bytes of weights that a decode step reads.
@@ -163,6 +145,60 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     pub(crate) fn backend_mut(&mut self) -> &mut B {
         &mut self.backend
     }
+}
+
+/// The ops of a step, in order; the logits of its sampled rows are in `all_logits` of the sampling rank.
+fn forward<B: Backend, C: Collective<B::Buffer>>(
+    backend: &mut B,
+    collective: &mut C,
+    weights: &Weights<B>,
+    kv: &mut B::KvCache,
+    dims: &Dims,
+    a: &mut Activations<B>,
+    step: &Step,
+) -> Result<()> {
+    let rows = step.rows;
+    let (tree, first_unit, len) = (dims.tree, dims.held.start, rows * dims.hidden);
+    let scale = 1.0 / (dims.head_dim as f32).sqrt();
+
+    backend.rope_table(step, &dims.frequencies, &mut a.rope)?;
+    for (table, partial) in weights.embedding.iter().zip(&mut a.partials) {
+        backend.embed(step, table, &mut partial.sum)?;
+    }
+    collective.tree_reduce(tree, len, &a.partials, &mut a.residual)?;
+
+    for (index, layer) in weights.layers.iter().enumerate() {
+        let norm = &layer.attention_norm;
+        if index == 0 {
+            backend.rms_norm(rows, &a.residual, norm, dims.eps, &mut a.normed)?;
+        } else {
+            backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
+        }
+        backend.linear(rows, &a.normed, &layer.qkv, &mut a.qkv)?;
+        backend.rope_write_kv(step, &a.qkv, &a.rope, index, kv, &mut a.q)?;
+        backend.attend(step, &a.q, index, kv, scale, &mut a.attended)?;
+        backend.linear_partials(rows, &a.attended, &layer.o, first_unit, tree, &mut a.partials)?;
+        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+
+        let norm = &layer.ffn_norm;
+        backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
+        backend.linear(rows, &a.normed, &layer.gate_up, &mut a.gate_up)?;
+        backend.silu_mul(rows, &a.gate_up, &dims.ffn_widths, &mut a.activated)?;
+        backend.linear_partials(rows, &a.activated, &layer.down, first_unit, tree, &mut a.partials)?;
+        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+    }
+
+    if step.sampled.is_empty() {
+        return Ok(());
+    }
+    let count = step.sampled_rows;
+    backend.gather_sampled(step, &a.residual, &mut a.last_residual)?;
+    backend.gather_sampled(step, &a.reduced, &mut a.last_reduced)?;
+    let (x, residual) = (&a.last_reduced, &mut a.last_residual);
+    backend.add_rms_norm(count, x, residual, &weights.norm, dims.eps, &mut a.normed)?;
+    backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
+    collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
+    Ok(())
 }
 
 impl Dims {

@@ -5,7 +5,6 @@ pub mod checkpoint;
 pub mod config;
 pub mod executor;
 pub mod names;
-pub mod sampler;
 
 mod error;
 mod forward;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use comm::Collective;
 use engine::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::{Backend, DType};
+use kernels::{Backend, DType, KvShape};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -22,8 +22,6 @@ use crate::weights::Weights;
 const KERNEL_VERSION: u32 = 1;
 /// Without a limit of its own, the KV cache has room for this many full contexts, memory allowing.
 const DEFAULT_CONTEXTS: usize = 4;
-/// Nor does it then take more than this part of the memory that is available.
-const DEFAULT_MEMORY_SHARE: u64 = 4;
 
 /// How a model is to be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +32,7 @@ pub struct ModelOptions {
     pub kv_dtype: DType,
     /// Tokens of context; `None`: what the model was made for.
     pub max_context: Option<usize>,
-    /// Bytes of this rank's KV cache; `None`: four contexts, at most a quarter of the memory available.
+    /// Bytes of this rank's KV cache; `None`: four contexts, as far as the device has room.
     pub kv_memory: Option<u64>,
     /// Draw a progress bar while loading.
     pub progress: bool,
@@ -114,7 +112,7 @@ impl ModelSource {
     /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
     pub fn executor<B: Backend, C: Collective<B::Buffer>>(
         &self,
-        backend: B,
+        mut backend: B,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {
@@ -137,12 +135,11 @@ impl ModelSource {
         )?;
         bar.finish_and_clear();
 
-        let kv_blocks = self.kv_blocks(&backend, held.len())?;
-        let shape = &self.config.shape;
-        let kv =
-            backend.kv_cache(shape.layers, held.len(), shape.head_dim, kv_blocks, self.options.kv_dtype)?;
+        let kv_shape = self.kv_shape(held.len());
+        let kv_blocks = self.kv_blocks(&backend, kv_shape)?;
+        let kv = backend.kv_cache(kv_shape, kv_blocks)?;
         let limits = Limits {
-            vocabulary: shape.vocab,
+            vocabulary: self.config.shape.vocab,
             max_context: self.max_context(),
             kv_blocks,
             block_size: backend.block_size(),
@@ -153,9 +150,7 @@ impl ModelSource {
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
-        let shape = &self.config.shape;
-        let block =
-            backend.kv_block_bytes(shape.layers, shape.kv_heads, shape.head_dim, self.options.kv_dtype);
+        let block = backend.kv_block_bytes(self.kv_shape(self.config.shape.kv_heads));
         (tokens.div_ceil(backend.block_size()) * block) as u64
     }
 
@@ -163,16 +158,20 @@ impl ModelSource {
         self.options.max_context.unwrap_or(self.config.max_positions)
     }
 
-    /// Blocks of KV cache that this rank can hold.
-    fn kv_blocks<B: Backend>(&self, backend: &B, units: usize) -> Result<usize> {
+    fn kv_shape(&self, units: usize) -> KvShape {
         let shape = &self.config.shape;
-        let block_bytes =
-            backend.kv_block_bytes(shape.layers, units, shape.head_dim, self.options.kv_dtype) as u64;
+        let (layers, head_dim) = (shape.layers, shape.head_dim);
+        KvShape { layers, units, group: shape.group(), head_dim, dtype: self.options.kv_dtype }
+    }
+
+    /// Blocks of KV cache that this rank can hold.
+    fn kv_blocks<B: Backend>(&self, backend: &B, shape: KvShape) -> Result<usize> {
+        let block_bytes = backend.kv_block_bytes(shape) as u64;
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {
                 let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(backend.block_size());
-                (wanted as u64).min(available_memory() / DEFAULT_MEMORY_SHARE / block_bytes)
+                (wanted as u64).min(backend.kv_budget()? / block_bytes)
             }
         };
         match u32::try_from(blocks) {
@@ -214,14 +213,4 @@ fn identity(config: &Config, checkpoint: &Checkpoint) -> Result<String> {
     // One row of the embedding, for models whose norms are all ones.
     hash.update(checkpoint.read(Tensor::Embedding, 0..1, 0..config.shape.hidden)?);
     Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Bytes of memory that can be had without swapping (`MemAvailable` of Linux); 4 GiB where the system does not tell.
-fn available_memory() -> u64 {
-    let told = || {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
-    told().map_or(4 << 30, |kib| kib << 10)
 }

@@ -107,3 +107,13 @@ impl<T> Copy for Shared<T> {}
 unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shared<T> {}
+
+/// Bytes of memory that can be had without swapping (`MemAvailable` of Linux); 4 GiB where the system does not tell.
+pub(super) fn available() -> u64 {
+    let told = || {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    told().map_or(4 << 30, |kib| kib << 10)
+}

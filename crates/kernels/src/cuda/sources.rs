@@ -17,13 +17,17 @@ macro_rules! source {
 
 /// The files with kernels: each becomes one module.
 pub const SOURCES: &[Source] = &[
-    source!("norm.cu"), //
+    source!("elementwise.cu"),
+    source!("fold.cu"),
+    source!("gemm.cu"),
+    source!("gemv.cu"),
+    source!("norm.cu"),
+    source!("sample.cu"),
 ];
 
 /// What they include.
-pub const HEADERS: &[Source] = &[
-    source!("device.cuh"), //
-];
+pub const HEADERS: &[Source] =
+    &[source!("device.cuh"), source!("sample.cuh"), source!("tree.cuh"), source!("weights.cuh")];
 
 #[cfg(test)]
 mod tests {

@@ -1,9 +1,16 @@
 //! What the suites share: backends to test, reproducible data, and attention over growing sequences.
 #![allow(dead_code, reason = "each suite uses a part")]
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+pub(crate) mod ops;
+
 use kernels::cpu::Path;
 use kernels::oracle::OracleBuffer;
-use kernels::{Backend, Batch, Cpu, DType, Oracle, RowBlock, Slice, SourceType, cpu};
+use kernels::{
+    Backend, Batch, Cpu, DType, Draw, Error, KvShape, Oracle, RowBlock, SampledRow, Slice, SourceType, Step,
+    cpu,
+};
 
 /// A backend whose buffers tests can fill and read, whatever their type.
 pub(crate) trait Device: Backend {
@@ -108,6 +115,34 @@ pub(crate) fn weight<B: Backend>(
     backend.matrix(&[block(&data, source, n, k)], dtype).unwrap()
 }
 
+/// A step over `batch` with ids that nobody looks at.
+pub(crate) fn step<B: Backend>(backend: &B, batch: Batch) -> Step {
+    backend.step(vec![0; batch.rows()], batch, Vec::new())
+}
+
+/// A step of one sequence with these ids.
+pub(crate) fn ids_step<B: Backend>(backend: &B, ids: &[u32]) -> Step {
+    let blocks = (0..ids.len().div_ceil(64) as u32).collect();
+    let slices = vec![Slice { start: 0, len: ids.len(), blocks }];
+    backend.step(ids.to_vec(), Batch { slices }, Vec::new())
+}
+
+/// A step of one sequence of `rows` rows, of which some are sampled.
+pub(crate) fn sampled_step<B: Backend>(backend: &B, rows: usize, sampled: &[(usize, Draw)]) -> Step {
+    let slices = vec![Slice { start: 0, len: rows, blocks: (0..rows.div_ceil(64) as u32).collect() }];
+    let sampled = sampled.iter().map(|&(row, draw)| SampledRow { row, draw }).collect();
+    backend.step(vec![0; rows], Batch { slices }, sampled)
+}
+
+/// Runs ops within a step.
+pub(crate) fn run<B: Backend>(
+    backend: &mut B,
+    step: &Step,
+    mut ops: impl FnMut(&mut B) -> kernels::Result<()>,
+) {
+    backend.run(step, true, |backend| ops(backend)).unwrap_or_else(|error: Error| panic!("{error}"));
+}
+
 /// Fails where `got` is further than `tolerance · (1 + |want|)` from `want`.
 pub(crate) fn assert_close(got: &[Vec<f32>], want: &[Vec<f32>], tolerance: f32, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -149,7 +184,8 @@ impl Sequences {
         let counts: Vec<usize> = self.lengths.iter().map(|length| length.div_ceil(64)).collect();
         let blocks: usize = counts.iter().sum();
         let (layers, layer) = (2, 1);
-        let mut kv = backend.kv_cache(layers, self.units, self.head_dim, blocks, self.kv).unwrap();
+        let Sequences { units, group, head_dim, kv: dtype, .. } = *self;
+        let mut kv = backend.kv_cache(KvShape { layers, units, group, head_dim, dtype }, blocks).unwrap();
         if self.recycled {
             self.fill_with_nan(backend, &mut kv, layer, blocks);
         }
@@ -171,14 +207,18 @@ impl Sequences {
                 rows.extend((start..start + len).map(|position| self.qkv(sequence, position)));
                 done[sequence] += len;
             }
+            let step_of = self::step(backend, batch);
+            rows.resize(step_of.rows, vec![0.0; unit * (self.group + 2)]);
             let qkv = backend.filled(DType::F32, &rows);
             let mut rope = backend.buffer(DType::F32, rows.len(), self.head_dim).unwrap();
-            backend.rope_table(&batch, &self.frequencies(), &mut rope).unwrap();
             let mut q = backend.buffer(self.compute, rows.len(), unit * self.group).unwrap();
-            backend.rope_write_kv(&batch, &qkv, &rope, layer, &mut kv, &mut q).unwrap();
             let mut out = backend.buffer(self.compute, rows.len(), unit * self.group).unwrap();
             let scale = 1.0 / (self.head_dim as f32).sqrt();
-            backend.attend(&batch, &q, layer, &kv, scale, &mut out).unwrap();
+            run(backend, &step_of, |backend| {
+                backend.rope_table(&step_of, &self.frequencies(), &mut rope)?;
+                backend.rope_write_kv(&step_of, &qkv, &rope, layer, &mut kv, &mut q)?;
+                backend.attend(&step_of, &q, layer, &kv, scale, &mut out)
+            });
             let mut row = 0;
             for &(sequence, len) in step {
                 outputs[sequence].extend((row..row + len).map(|row| B::row(&out, row)));
@@ -207,9 +247,10 @@ impl Sequences {
     fn fill_with_nan<B: Device>(&self, backend: &mut B, kv: &mut B::KvCache, layer: usize, blocks: usize) {
         let (len, unit) = (blocks * 64, self.units * self.head_dim);
         let batch = Batch { slices: vec![Slice { start: 0, len, blocks: (0..blocks as u32).collect() }] };
-        let qkv = backend.filled(DType::F32, &vec![vec![f32::NAN; unit * (self.group + 2)]; len]);
-        let rope = backend.filled(DType::F32, &vec![vec![f32::NAN; self.head_dim]; len]);
-        let mut q = backend.buffer(self.compute, len, unit * self.group).unwrap();
-        backend.rope_write_kv(&batch, &qkv, &rope, layer, kv, &mut q).unwrap();
+        let step = self::step(backend, batch);
+        let qkv = backend.filled(DType::F32, &vec![vec![f32::NAN; unit * (self.group + 2)]; step.rows]);
+        let rope = backend.filled(DType::F32, &vec![vec![f32::NAN; self.head_dim]; step.rows]);
+        let mut q = backend.buffer(self.compute, step.rows, unit * self.group).unwrap();
+        run(backend, &step, |backend| backend.rope_write_kv(&step, &qkv, &rope, layer, kv, &mut q));
     }
 }

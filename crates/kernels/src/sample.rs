@@ -1,10 +1,30 @@
 //! Sampling: a pure function of logits, parameters and position.
 //!
 //! The random number is a hash of (seed, position), not the state of a generator, so a sequence that is recomputed
-//! after a failover draws the same tokens. exp and ln are this crate's own or `libm`'s: the system's differ by
+//! after a failover draws the same tokens. exp and ln are our own or `libm`'s: the system's differ by
 //! version and CPU.
 
-use engine::SamplingParams;
+use crate::Error;
+
+/// How to choose one token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Divides the logits; 0 takes the highest.
+    pub temperature: f32,
+    /// Only so many of the likeliest tokens count; 0: all.
+    pub top_k: u32,
+    /// Only the likeliest tokens that together have this probability count.
+    pub top_p: f32,
+    /// Of the random number.
+    pub seed: u64,
+    /// Index of the token within its sequence: the counter of the random number.
+    pub position: u32,
+}
+
+impl Draw {
+    /// The highest logit.
+    pub const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, position: 0 };
+}
 
 /// A chosen token.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,13 +35,18 @@ pub struct Choice {
     pub logprob: f32,
 }
 
-/// Chooses the token at `position` of a sequence from its logits (one for each id, at least one).
+/// Chooses a token from its logits (one for each id, at least one).
 ///
 /// Order of truncation, as in Hugging Face transformers: temperature, top-k, top-p.
-pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Choice {
+pub fn sample(logits: &[f32], draw: &Draw) -> Choice {
     let best = argmax(logits);
-    let id = if params.temperature > 0.0 { draw(logits, logits[best], params, position) } else { best };
+    let id = if draw.temperature > 0.0 { choose(logits, logits[best], draw) } else { best };
     Choice { id: id as u32, logprob: logits[id] - log_sum_exp(logits, logits[best]) }
+}
+
+/// [`crate::Backend::choices`] without a [`crate::Backend::sample`] before it.
+pub(crate) fn nothing_asked() -> Error {
+    Error::Shape { op: "choices", detail: "nothing was sampled".into() }
 }
 
 /// The highest logit; the lowest id among equals. NaN is never highest, unless all are.
@@ -35,33 +60,33 @@ fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-fn draw(logits: &[f32], max: f32, params: &SamplingParams, position: u32) -> usize {
-    let weight = |logit: f32| f64::from(exp((logit - max) / params.temperature));
+fn choose(logits: &[f32], max: f32, draw: &Draw) -> usize {
+    let weight = |logit: f32| f64::from(exp((logit - max) / draw.temperature));
     let mut candidates: Vec<(usize, f64)> = logits.iter().map(|&logit| weight(logit)).enumerate().collect();
     // Heaviest first, the lower id first among equals: a total order, so that every sort gives the same.
     let heavier = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
 
-    let top_k = params.top_k as usize;
+    let top_k = draw.top_k as usize;
     if top_k > 0 && top_k < candidates.len() {
         candidates.select_nth_unstable_by(top_k - 1, heavier);
         candidates.truncate(top_k);
     }
-    if params.top_p < 1.0 {
+    if draw.top_p < 1.0 {
         let total: f64 = ordered_sum(&mut candidates);
         // Tokens this light cannot together make up the tail that top-p cuts off: no need to sort them.
-        let least = (1.0 - f64::from(params.top_p)) * total / candidates.len() as f64;
+        let least = (1.0 - f64::from(draw.top_p)) * total / candidates.len() as f64;
         candidates.retain(|c| c.1 >= least);
         candidates.sort_unstable_by(heavier);
         let mut sum = 0.0;
         let enough = candidates.iter().position(|c| {
             sum += c.1;
-            sum >= f64::from(params.top_p) * total
+            sum >= f64::from(draw.top_p) * total
         });
         candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
     }
 
     let total = ordered_sum(&mut candidates);
-    let target = uniform(params.seed, position) * total;
+    let target = uniform(draw.seed, draw.position) * total;
     let mut sum = 0.0;
     for &(id, weight) in &candidates {
         sum += weight;
@@ -125,8 +150,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams {
-        SamplingParams { temperature, top_k, top_p, seed }
+    fn draw(temperature: f32, top_k: u32, top_p: f32, seed: u64, position: u32) -> Draw {
+        Draw { temperature, top_k, top_p, seed, position }
     }
 
     #[test]
@@ -142,14 +167,14 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_lowest_id_among_equals_and_skips_nan() {
-        let choice = sample(&[f32::NAN, 1.0, 3.0, 3.0], &SamplingParams::GREEDY, 0);
+        let choice = sample(&[f32::NAN, 1.0, 3.0, 3.0], &Draw::GREEDY);
         assert_eq!(choice.id, 2);
     }
 
     #[test]
     fn logprob_is_of_the_plain_softmax() {
         let logits = [0.0, 2.0f32.ln(), 5.0f32.ln()];
-        let choice = sample(&logits, &SamplingParams::GREEDY, 0);
+        let choice = sample(&logits, &Draw::GREEDY);
         assert!((f64::from(choice.logprob) - libm::log(5.0 / 8.0)).abs() < 1e-6);
     }
 
@@ -158,7 +183,7 @@ mod tests {
         let logits: Vec<f32> = [0.1f32, 0.2, 0.3, 0.4].iter().map(|p| p.ln()).collect();
         let mut counts = [0; 4];
         for position in 0..40_000 {
-            counts[sample(&logits, &params(1.0, 0, 1.0, 7), position).id as usize] += 1;
+            counts[sample(&logits, &draw(1.0, 0, 1.0, 7, position)).id as usize] += 1;
         }
         for (id, count) in counts.into_iter().enumerate() {
             let expected = 4000.0 * (id + 1) as f64;
@@ -172,7 +197,7 @@ mod tests {
         fn truncation_keeps_only_the_likeliest(
             logits in prop::collection::vec(-6f32..6.0, 1..200), k in 0u32..20, p in 0.05f32..1.0, seed: u64, position: u32,
         ) {
-            let choice = sample(&logits, &params(0.8, k, p, seed), position);
+            let choice = sample(&logits, &draw(0.8, k, p, seed, position));
             let mut sorted: Vec<(f32, usize)> = logits.iter().map(|l| l / 0.8).zip(0..).collect();
             sorted.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             if k > 0 {
@@ -189,8 +214,8 @@ mod tests {
 
         #[test]
         fn the_same_inputs_give_the_same_token(logits in prop::collection::vec(-6f32..6.0, 1..50), seed: u64, at: u32) {
-            let params = params(1.0, 10, 0.9, seed);
-            prop_assert_eq!(sample(&logits, &params, at), sample(&logits, &params, at));
+            let draw = draw(1.0, 10, 0.9, seed, at);
+            prop_assert_eq!(sample(&logits, &draw), sample(&logits, &draw));
         }
     }
 }

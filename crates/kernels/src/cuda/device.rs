@@ -1,0 +1,235 @@
+//! One GPU as one thread drives it: its context, a stream that everything runs on, and the kernels.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytemuck::NoUninit;
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+
+use crate::{Error, Result};
+
+/// The first driver that has every function that this program calls, and runs what NVRTC 13 compiles.
+const DRIVER_VERSION: i32 = 13_000;
+/// Dynamic shared memory that a kernel may use without having asked for it.
+const PLAIN_SHARED_BYTES: u32 = 48 * 1024;
+
+/// A GPU. Not `Send`: the thread that opened it drives it.
+pub(crate) struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: RefCell<Vec<Arc<CudaModule>>>,
+    /// Those that were launched before.
+    kernels: RefCell<HashMap<&'static str, Kernel>>,
+    multiprocessors: u32,
+}
+
+#[derive(Debug)]
+struct Kernel {
+    function: CudaFunction,
+    /// Dynamic shared memory that it was allowed.
+    shared_bytes: u32,
+}
+
+/// Blocks of a launch, threads of a block, bytes of dynamic shared memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    pub(crate) grid: (u32, u32),
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+impl Device {
+    /// Opens GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there is no driver, no such GPU, or too old a driver: in a sentence for users.
+    pub(crate) fn open(ordinal: usize) -> Result<Rc<Self>> {
+        // SAFETY: looks whether a library can be opened, and opens it.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Unsupported(
+                "no GPU can be used: NVIDIA's driver (libcuda.so.1) is not installed on this machine; install it, or \
+                 run with --device cpu"
+                    .into(),
+            ));
+        }
+        let unusable =
+            |error: DriverError| Error::Unsupported(format!("no GPU can be used: {}", reason(error)));
+        result::init().map_err(unusable)?;
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(unusable)?;
+        if version < DRIVER_VERSION {
+            let shown = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+            return Err(Error::Unsupported(format!(
+                "NVIDIA's driver here is made for CUDA {}; CUDA {} (driver 580) or newer is needed",
+                shown(version),
+                shown(DRIVER_VERSION)
+            )));
+        }
+        let count = result::device::get_count().map_err(unusable)?;
+        if ordinal >= usize::try_from(count).unwrap_or(0) {
+            return Err(Error::Unsupported(format!("there is no GPU {ordinal}: this machine has {count}")));
+        }
+        let opening = || format!("opening GPU {ordinal}");
+        let context = CudaContext::new(ordinal).map_err(|e| failed(opening(), e))?;
+        // SAFETY: one stream orders all work, so no event is needed between two uses of a buffer.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| failed(opening(), e))?;
+        let multiprocessors = context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(|e| failed(opening(), e))?;
+        let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1).max(1);
+        Ok(Rc::new(Self {
+            context,
+            stream,
+            modules: RefCell::default(),
+            kernels: RefCell::default(),
+            multiprocessors,
+        }))
+    }
+
+    /// Its compute capability, for example (9, 0).
+    pub(crate) fn capability(&self) -> Result<(i32, i32)> {
+        self.context.compute_capability().map_err(|e| failed("reading the GPU's properties", e))
+    }
+
+    /// Its name, as its maker gave it.
+    pub(crate) fn name(&self) -> Result<String> {
+        self.context.name().map_err(|e| failed("reading the GPU's properties", e))
+    }
+
+    /// Multiprocessors.
+    pub(crate) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// Bytes of memory that are free, and that there are.
+    pub(crate) fn memory(&self) -> Result<(u64, u64)> {
+        let (free, total) =
+            self.context.mem_get_info().map_err(|e| failed("reading the GPU's free memory", e))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// The stream that everything runs on.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes this device the calling thread's current one.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| failed("choosing the GPU", e))
+    }
+
+    /// Waits until everything that was begun has ended.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
+    }
+
+    /// Loads a compiled file of kernels.
+    pub(crate) fn load(&self, image: &[u8]) -> Result<()> {
+        let image = cudarc::nvrtc::Ptx::from_binary(image.to_vec());
+        let module = self.context.load_module(image).map_err(|e| failed("loading kernels", e))?;
+        self.modules.borrow_mut().push(module);
+        Ok(())
+    }
+
+    /// Begins a kernel. An empty grid begins nothing.
+    ///
+    /// # Safety
+    /// The arguments are those that the kernel declares, and what they point to is as large as it says.
+    pub(crate) unsafe fn launch(
+        &self,
+        name: &'static str,
+        launch: Launch,
+        mut arguments: Arguments,
+    ) -> Result<()> {
+        let Launch { grid, threads, shared_bytes } = launch;
+        if grid.0 == 0 || grid.1 == 0 {
+            return Ok(());
+        }
+        let mut kernels = self.kernels.borrow_mut();
+        let kernel = match kernels.entry(name) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(vacant) => {
+                let modules = self.modules.borrow();
+                let function = modules.iter().find_map(|module| module.load_function(name).ok());
+                let function = function.ok_or_else(|| Error::Device {
+                    what: format!("the kernel {name}"),
+                    why: "no compiled file has it".into(),
+                })?;
+                vacant.insert(Kernel { function, shared_bytes: PLAIN_SHARED_BYTES })
+            }
+        };
+        let failed = |error| failed(format!("the kernel {name}"), error);
+        if shared_bytes > kernel.shared_bytes {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
+            kernel.function.set_attribute(attribute, bytes).map_err(failed)?;
+            kernel.shared_bytes = shared_bytes;
+        }
+        let mut pointers = arguments.pointers();
+        // SAFETY: the caller's promise; function and stream are of one context.
+        unsafe {
+            result::launch_kernel(
+                kernel.function.cu_function(),
+                (grid.0, grid.1, 1),
+                (threads, 1, 1),
+                shared_bytes,
+                self.stream.cu_stream(),
+                &mut pointers,
+            )
+        }
+        .map_err(failed)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("ordinal", &self.context.ordinal()).finish_non_exhaustive()
+    }
+}
+
+/// A kernel's arguments, copied one behind the other.
+#[derive(Debug, Default)]
+pub(crate) struct Arguments {
+    /// Of the largest alignment that an argument can have.
+    words: Vec<u128>,
+    /// Where each argument begins, in words.
+    starts: Vec<usize>,
+}
+
+impl Arguments {
+    /// Appends an argument: a pointer as `u64`, a number, or a `repr(C)` struct.
+    pub(crate) fn with<T: NoUninit>(mut self, value: T) -> Self {
+        let bytes = bytemuck::bytes_of(&value);
+        let start = self.words.len();
+        self.starts.push(start);
+        self.words.resize(start + bytes.len().div_ceil(size_of::<u128>()), 0);
+        bytemuck::cast_slice_mut(&mut self.words[start..])[..bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    fn pointers(&mut self) -> Vec<*mut c_void> {
+        let words = &mut self.words;
+        self.starts.iter().map(|&start| (&raw mut words[start]).cast()).collect()
+    }
+}
+
+/// A failure of the driver.
+pub(crate) fn failed(what: impl Into<String>, error: DriverError) -> Error {
+    Error::Device { what: what.into(), why: reason(error) }
+}
+
+/// The driver's words.
+fn reason(error: DriverError) -> String {
+    let text = |found: std::result::Result<&std::ffi::CStr, DriverError>| {
+        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
+    };
+    format!("{} ({})", text(error.error_string()), text(error.error_name()))
+}

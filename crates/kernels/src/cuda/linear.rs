@@ -1,0 +1,330 @@
+//! Matrix products: which kernel takes which sizes, and what it is told.
+
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::blas::{Blas, OPERAND_ALIGNMENT, Size};
+use super::buffer::Buffer;
+use super::device::{Arguments, Device, Launch};
+use super::fold::{FoldProgram, MAX_UNITS, Outputs, Parts, fold};
+use super::matrix::{Format, Matrix};
+use super::memory::Scratch;
+use crate::{Error, Result};
+
+/// A dot product is summed in segments of so many.
+const SEGMENT: usize = 512;
+/// Up to so many rows `gemv` serves.
+const GEMV_ROWS: usize = 8;
+/// Weight rows of a block of `gemv`.
+const GEMV_TILE: usize = 16;
+/// The most warps that share the segments.
+const GEMV_WARPS: usize = 16;
+/// From so many rows on cuBLASLt serves, where bits may differ.
+const BLAS_ROWS: usize = 65;
+/// Bytes of units' sums at a time: more rows are done in several turns.
+const SCRATCH_BYTES: usize = 64 << 20;
+
+/// One unit's matrix, as kernels take it (see `weights.cuh`).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Panel {
+    weights: u64,
+    scales: u64,
+    zeros: u64,
+    out_offset: i64,
+    n: i32,
+    k: i32,
+    x_offset: i32,
+    padding: i32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Panels([Panel; MAX_UNITS]);
+
+/// A shape of `gemm`'s tiles.
+struct Tile {
+    kernel: &'static str,
+    rows: usize,
+    weight_rows: usize,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+/// What products share.
+pub(crate) struct Products<'a> {
+    pub(crate) device: &'a Device,
+    /// None where bits must not depend on the number of rows.
+    pub(crate) blas: Option<&'a mut Blas>,
+    pub(crate) scratch: &'a mut Scratch,
+}
+
+impl Products<'_> {
+    /// `out[rows, Σn] = x · Wᵀ`, the weights' results side by side.
+    pub(crate) fn column_parallel(
+        &mut self,
+        rows: usize,
+        x: &Buffer,
+        weights: &[Matrix],
+        out: &Buffer,
+    ) -> Result<()> {
+        let out_cols = out.dims().cols;
+        let (x_cols, x) = (x.dims().cols, x.pointer());
+        if let Some(blas) = self.blas.as_deref_mut()
+            && rows >= BLAS_ROWS
+            && weights.iter().all(|w| w.format == Format::Bf16)
+            && aligned(out_cols)
+            && weights.iter().all(|w| aligned(w.n))
+        {
+            let mut first = 0;
+            for run in side_by_side(weights) {
+                let n = run.iter().map(|w| w.n).sum();
+                let size = Size {
+                    rows,
+                    n,
+                    k: run[0].k,
+                    x_stride: x_cols,
+                    weight_stride: run[0].stride(),
+                    out_stride: out_cols,
+                };
+                // SAFETY: sizes were checked by `shape`; the run's weights lie one behind the other.
+                unsafe {
+                    blas.multiply(size, x, run[0].weights.pointer(), out.pointer() + 4 * first as u64, false)
+                }?;
+                first += n;
+            }
+            return Ok(());
+        }
+        let mut first = 0;
+        let panels = weights.iter().map(|w| {
+            let panel = panel(w, 0, first);
+            first += w.n;
+            panel
+        });
+        let panels = collect(panels)?;
+        let Some(format) = format(weights)? else { return Ok(()) };
+        let n = weights.iter().map(|w| w.n).max().unwrap_or(0);
+        let grid_y = weights.len() as u32;
+        if rows <= GEMV_ROWS {
+            let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).max().unwrap_or(1);
+            let launch = gemv_launch(n, grid_y, segments);
+            let arguments = Arguments::default()
+                .with(panels)
+                .with(x)
+                .with(rows as i32)
+                .with(x_cols as i32)
+                .with(out.pointer())
+                .with(out_cols as i32);
+            // SAFETY: sizes were checked by `shape`; see gemv.cu.
+            return unsafe { self.device.launch(gemv_kernel(format), launch, arguments) };
+        }
+        // SAFETY: sizes were checked by `shape`.
+        unsafe { self.gemm(format, panels, (rows, n, grid_y), (x, x_cols), (out.pointer(), out_cols)) }
+    }
+
+    /// Every unit's product, added along the tree into `outputs` by `program`.
+    pub(crate) fn row_parallel(
+        &mut self,
+        rows: usize,
+        x: &Buffer,
+        weights: &[Matrix],
+        subtrees: &[(Range<usize>, u64)],
+        first_unit: usize,
+    ) -> Result<()> {
+        let Some(format) = format(weights)? else { return Ok(()) };
+        let (x_cols, x) = (x.dims().cols, x.pointer());
+        let n = weights[0].n;
+        if let Some(blas) = self.blas.as_deref_mut()
+            && rows >= BLAS_ROWS
+            && format == Format::Bf16
+            && aligned(n)
+        {
+            let mut x = x;
+            for (unit, weight) in (first_unit..).zip(weights) {
+                let Some((subtree, out)) = subtrees.iter().find(|(units, _)| units.contains(&unit)) else {
+                    continue;
+                };
+                let size = Size {
+                    rows,
+                    n,
+                    k: weight.k,
+                    x_stride: x_cols,
+                    weight_stride: weight.stride(),
+                    out_stride: n,
+                };
+                // SAFETY: sizes were checked by `shape`.
+                unsafe { blas.multiply(size, x, weight.weights.pointer(), *out, unit != subtree.start) }?;
+                x += 2 * weight.k as u64;
+            }
+            return Ok(());
+        }
+        let leaves: Vec<_> = (first_unit..first_unit + weights.len()).map(|unit| unit..unit + 1).collect();
+        let roots: Vec<_> = subtrees.iter().map(|(units, _)| units.clone()).collect();
+        let program = FoldProgram::new(&leaves, &roots)?;
+        if rows <= GEMV_ROWS {
+            let mut first = 0;
+            let panels = collect(weights.iter().map(|w| {
+                let panel = panel(w, first, 0);
+                first += w.k;
+                panel
+            }))?;
+            let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).sum();
+            let launch = gemv_launch(n, 1, segments);
+            let arguments = Arguments::default()
+                .with(panels)
+                .with(program)
+                .with(Outputs::new(subtrees.iter().map(|(_, out)| *out)))
+                .with(x)
+                .with(rows as i32)
+                .with(x_cols as i32);
+            // SAFETY: sizes were checked by `shape`; see gemv.cu.
+            return unsafe { self.device.launch(gemv_partials_kernel(format), launch, arguments) };
+        }
+        let row_bytes = weights.len() * (n + 4) * 4;
+        let turn = (SCRATCH_BYTES / row_bytes / 128 * 128).max(128).min(rows);
+        let scratch = self.scratch.reserve(turn * row_bytes)?;
+        for done in (0..rows).step_by(turn) {
+            let rows = turn.min(rows - done);
+            // `fold` reads 16 bytes at a time.
+            let unit_elements = (rows * n).next_multiple_of(4);
+            let mut first = 0;
+            let panels = collect(weights.iter().enumerate().map(|(unit, w)| {
+                let panel = panel(w, first, unit * unit_elements);
+                first += w.k;
+                panel
+            }))?;
+            let x = x + (done * x_cols * 2) as u64;
+            // SAFETY: sizes were checked by `shape`; the scratch memory holds every unit's `[rows, n]`.
+            unsafe { self.gemm(format, panels, (rows, n, weights.len() as u32), (x, x_cols), (scratch, n)) }?;
+            let parts =
+                Parts::new((0..weights.len()).map(|unit| scratch + (unit * unit_elements * 4) as u64));
+            let outputs = Outputs::new(subtrees.iter().map(|(_, out)| out + (done * n * 4) as u64));
+            // SAFETY: as above; `done` is a multiple of 128, so outputs stay aligned.
+            unsafe { fold(self.device, parts, program, outputs, rows * n) }?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// `x` is `[rows, x_cols]` bf16, `out` has what the panels write.
+    unsafe fn gemm(
+        &self,
+        format: Format,
+        panels: Panels,
+        (rows, n, count): (usize, usize, u32),
+        (x, x_cols): (u64, usize),
+        (out, out_cols): (u64, usize),
+    ) -> Result<()> {
+        let tile = tile(format, rows);
+        let blocks = rows.div_ceil(tile.rows) * n.div_ceil(tile.weight_rows);
+        let launch =
+            Launch { grid: (blocks as u32, count), threads: tile.threads, shared_bytes: tile.shared_bytes };
+        let arguments = Arguments::default()
+            .with(panels)
+            .with(x)
+            .with(rows as i32)
+            .with(x_cols as i32)
+            .with(out)
+            .with(out_cols as i32);
+        // SAFETY: the caller's promise; see gemm.cu.
+        unsafe { self.device.launch(tile.kernel, launch, arguments) }
+    }
+}
+
+fn panel(weight: &Matrix, x_offset: usize, out_offset: usize) -> Panel {
+    Panel {
+        weights: weight.weights.pointer(),
+        scales: 0,
+        zeros: 0,
+        out_offset: out_offset as i64,
+        n: weight.n as i32,
+        k: weight.k as i32,
+        x_offset: x_offset as i32,
+        padding: 0,
+    }
+}
+
+fn collect(panels: impl ExactSizeIterator<Item = Panel>) -> Result<Panels> {
+    let count = panels.len();
+    if count > MAX_UNITS {
+        return Err(Error::Unsupported(format!(
+            "{count} units on one GPU: its kernels take {MAX_UNITS}; use more workers"
+        )));
+    }
+    let mut all = Panels([Panel::zeroed(); MAX_UNITS]);
+    all.0.iter_mut().zip(panels).for_each(|(to, panel)| *to = panel);
+    Ok(all)
+}
+
+/// The one format of a run of weights; none where there are no weights.
+fn format(weights: &[Matrix]) -> Result<Option<Format>> {
+    let Some(first) = weights.first() else { return Ok(None) };
+    if weights.iter().any(|w| w.format != first.format) {
+        return Err(Error::Shape { op: "linear", detail: "weights of several formats".into() });
+    }
+    Ok(Some(first.format))
+}
+
+/// Runs of weights that lie one behind the other in memory, with the same k: one matrix.
+fn side_by_side(weights: &[Matrix]) -> Vec<&[Matrix]> {
+    weights
+        .chunk_by(|a, b| a.k == b.k && a.weights.pointer() + a.bytes as u64 == b.weights.pointer())
+        .collect()
+}
+
+/// Whether so many f32 keep what follows aligned for cuBLASLt.
+fn aligned(elements: usize) -> bool {
+    (4 * elements).is_multiple_of(OPERAND_ALIGNMENT as usize)
+}
+
+/// As few warps as do the segments in as few turns as can be.
+fn gemv_launch(n: usize, grid_y: u32, segments: usize) -> Launch {
+    let segments = segments.max(1);
+    let warps = segments.div_ceil(segments.div_ceil(GEMV_WARPS));
+    Launch {
+        grid: (n.div_ceil(GEMV_TILE) as u32, grid_y),
+        threads: 32 * warps as u32,
+        shared_bytes: 512 * segments as u32,
+    }
+}
+
+fn gemv_kernel(format: Format) -> &'static str {
+    match format {
+        Format::Bf16 => "gemv_bf16",
+    }
+}
+
+fn gemv_partials_kernel(format: Format) -> &'static str {
+    match format {
+        Format::Bf16 => "gemv_partials_bf16",
+    }
+}
+
+/// The table of gemm.cu.
+fn tile(format: Format, rows: usize) -> Tile {
+    match (format, rows) {
+        (Format::Bf16, ..=16) => {
+            Tile { kernel: "gemm_bf16_t16", rows: 16, weight_rows: 64, threads: 128, shared_bytes: 40_960 }
+        }
+        (Format::Bf16, ..=32) => {
+            Tile { kernel: "gemm_bf16_t32", rows: 32, weight_rows: 64, threads: 128, shared_bytes: 49_152 }
+        }
+        (Format::Bf16, ..=64) => {
+            Tile { kernel: "gemm_bf16_t64", rows: 64, weight_rows: 64, threads: 128, shared_bytes: 65_536 }
+        }
+        (Format::Bf16, _) => {
+            Tile { kernel: "gemm_bf16_t128", rows: 128, weight_rows: 128, threads: 256, shared_bytes: 98_304 }
+        }
+    }
+}
+
+/// What the kernels' loads of 16 bytes want of x.
+pub(crate) fn check(x: &Buffer) -> Result<()> {
+    let dims = x.dims();
+    if dims.dtype == crate::DType::Bf16 && dims.cols.is_multiple_of(8) {
+        return Ok(());
+    }
+    let found = format!("{} columns of {:?}", dims.cols, dims.dtype);
+    Err(Error::Unsupported(format!("the GPU's products take bf16 and multiples of 8 columns, not {found}")))
+}

@@ -1,0 +1,50 @@
+//! The GPU that tests run on: the emulator's, or with `PHALANX_TEST_GPU=1` this machine's own.
+
+use std::env;
+use std::sync::OnceLock;
+
+use kernels::{Cuda, CudaOptions, cuda};
+
+use super::Device;
+
+/// Set where a real GPU is to be tested.
+const REAL_VARIABLE: &str = "PHALANX_TEST_GPU";
+
+/// Whether there is a GPU to test; says so where there is none.
+pub(crate) fn present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    *PRESENT.get_or_init(|| {
+        if env::var_os(REAL_VARIABLE).is_some() {
+            return true;
+        }
+        match emulator::libraries() {
+            Ok(folder) => {
+                for library in ["libcuda.so", "libnvrtc.so", "libcublasLt.so"] {
+                    // SAFETY: a library of our own, whose initialisers do nothing; it stays open.
+                    let library = unsafe { libloading::Library::new(folder.join(library)) }.unwrap();
+                    std::mem::forget(library);
+                }
+                true
+            }
+            Err(absent) => {
+                eprintln!("skipped: {absent}");
+                false
+            }
+        }
+    })
+}
+
+/// A GPU whose every allocation has a guard behind it.
+pub(crate) fn open(deterministic: bool) -> Cuda {
+    Cuda::open(CudaOptions { deterministic, separate_allocations: true, ..CudaOptions::default() }).unwrap()
+}
+
+impl Device for Cuda {
+    fn set_row(buffer: &mut cuda::Buffer, row: usize, values: &[f32]) {
+        buffer.set_row(row, values).unwrap();
+    }
+
+    fn row(buffer: &cuda::Buffer, row: usize) -> Vec<f32> {
+        buffer.row(row).unwrap()
+    }
+}
