@@ -17,17 +17,26 @@ macro_rules! source {
 
 /// The files with kernels: each becomes one module.
 pub const SOURCES: &[Source] = &[
+    source!("attend_long.cu"),
+    source!("attend_merge.cu"),
+    source!("attend_short.cu"),
     source!("elementwise.cu"),
     source!("fold.cu"),
     source!("gemm.cu"),
     source!("gemv.cu"),
     source!("norm.cu"),
+    source!("pack.cu"),
     source!("sample.cu"),
 ];
 
 /// What they include.
-pub const HEADERS: &[Source] =
-    &[source!("device.cuh"), source!("sample.cuh"), source!("tree.cuh"), source!("weights.cuh")];
+pub const HEADERS: &[Source] = &[
+    source!("attend.cuh"),
+    source!("device.cuh"),
+    source!("sample.cuh"),
+    source!("tree.cuh"),
+    source!("weights.cuh"),
+];
 
 #[cfg(test)]
 mod tests {
