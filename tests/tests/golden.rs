@@ -1,7 +1,7 @@
 //! The model against Hugging Face transformers, and against itself at every width and in every cut.
 
 use kernels::cpu::Path;
-use kernels::{Backend, Cpu, DType, Oracle};
+use kernels::{BLOCK_TOKENS, Backend, Cpu, DType, Oracle};
 use phalanx_tests::golden::{self, Golden};
 use phalanx_tests::ranks::{logits, options, plans};
 
@@ -15,7 +15,7 @@ fn ends(golden: &Golden) -> Vec<usize> {
 }
 
 fn cpu_logits(golden: &Golden, dtype: DType, width: usize, threads: usize, ends: &[usize]) -> Vec<Vec<f32>> {
-    let block_size = Cpu::new(1).expect("a CPU").block_size();
+    let block_size = BLOCK_TOKENS;
     let plans = plans(&golden.prompt, ends, block_size);
     logits(&golden.dir, &options(dtype), width, || Ok(Cpu::new(threads)?), &plans).expect("logits")
 }
@@ -80,7 +80,7 @@ fn logits_are_the_same_bits_at_every_width_and_in_every_cut() {
 fn every_cpu_path_and_the_oracle_agree() {
     let golden = golden::load("gqa7");
     let ends = [1, 65, 600];
-    let block_size = Cpu::new(1).expect("a CPU").block_size();
+    let block_size = BLOCK_TOKENS;
     let plans = plans(&golden.prompt, &ends, block_size);
     for dtype in [DType::F32, DType::Bf16] {
         let oracle =
@@ -109,7 +109,7 @@ fn greedy_continuations_are_those_of_transformers() {
             &options(DType::F32),
             3,
             || Ok(Cpu::new(1)?),
-            &plans(&all, &ends, Cpu::new(1).expect("a CPU").block_size()),
+            &plans(&all, &ends, BLOCK_TOKENS),
         );
         let chosen: Vec<u32> = found
             .expect("logits")

@@ -1,11 +1,14 @@
 //! Arguments that several commands share.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use kernels::DType;
+use kernels::{CudaOptions, DType};
 use model::ModelOptions;
+use worker::Device;
 
 /// Which model, and how it is run.
 #[derive(Debug, Clone, Args)]
@@ -25,6 +28,15 @@ pub(crate) struct ModelArgs {
     /// Memory of each worker's KV cache, such as 512MiB or 4GiB [default: four contexts, at most a quarter of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) kv_memory: Option<u64>,
+    /// What each worker computes on: cpu, cuda (GPU 0, 1, … of this machine in turn) or cuda:N (one GPU by its number)
+    #[arg(long, env = "PHALANX_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// On GPUs: the same bits for any number of workers, batch and chunking (the CPU always keeps to that), at some cost in speed
+    #[arg(long)]
+    pub(crate) deterministic: bool,
+    /// On GPUs: part of the memory that a worker may use for weights, KV cache and all else
+    #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = parse_part)]
+    pub(crate) gpu_memory_utilization: f64,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -37,6 +49,38 @@ pub(crate) enum DTypeArg {
     Bf16,
     /// 32 bits: exact, slower
     F32,
+}
+
+/// A device, as people write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DeviceArg {
+    /// Cores of this machine.
+    Cpu,
+    /// Its GPUs in turn, or the one of this number.
+    Cuda(Option<usize>),
+}
+
+impl FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(None)),
+            Some(("cuda", number)) if number.parse::<usize>().is_ok() => Ok(Self::Cuda(number.parse().ok())),
+            _ => Err(format!("'{text}' is not cpu, cuda or cuda:N")),
+        }
+    }
+}
+
+impl fmt::Display for DeviceArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
+        }
+    }
 }
 
 impl From<DTypeArg> for DType {
@@ -60,6 +104,19 @@ impl ModelArgs {
         self.threads.map_or_else(|| (cores() / workers.max(1)).max(1), usize::from)
     }
 
+    /// The device of this process.
+    pub(crate) fn device(&self) -> Device {
+        match self.device {
+            DeviceArg::Cpu => Device::Cpu { threads: self.threads(1) },
+            DeviceArg::Cuda(number) => Device::Cuda(CudaOptions {
+                ordinal: number.unwrap_or(0),
+                deterministic: self.deterministic,
+                memory_utilization: self.gpu_memory_utilization,
+                ..CudaOptions::default()
+            }),
+        }
+    }
+
     /// What the model crate needs.
     pub(crate) fn options(&self, progress: bool) -> ModelOptions {
         ModelOptions {
@@ -71,8 +128,8 @@ impl ModelArgs {
         }
     }
 
-    /// The same arguments on another command line.
-    pub(crate) fn command_line(&self, workers: usize) -> Result<Vec<String>> {
+    /// The same arguments on the command line of worker number `index` of `workers`.
+    pub(crate) fn command_line(&self, index: usize, workers: usize) -> Result<Vec<String>> {
         let name =
             |dtype: DTypeArg| dtype.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
         let dir = self.dir()?;
@@ -88,6 +145,13 @@ impl ModelArgs {
         push("--max-context", self.max_context.map(|n| n.to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
+        if let DeviceArg::Cuda(number) = self.device {
+            push("--device", Some(DeviceArg::Cuda(Some(number.unwrap_or(index))).to_string()));
+            push("--gpu-memory-utilization", Some(self.gpu_memory_utilization.to_string()));
+            if self.deterministic {
+                line.push("--deterministic".into());
+            }
+        }
         Ok(line)
     }
 }
@@ -111,6 +175,14 @@ fn bundled_model() -> Result<PathBuf> {
     bail!(
         "the bundled model yi-nano is not where it was built or installed: give a checkpoint with --model DIR"
     )
+}
+
+/// A part of a whole.
+fn parse_part(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        _ => Err(format!("'{text}' is not a number above 0, at most 1")),
+    }
 }
 
 /// Bytes, with an optional unit: `K`, `KB` and so on are powers of 1000, `KiB` and so on of 1024.
@@ -141,6 +213,16 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices() {
+        for device in ["cpu", "cuda", "cuda:3"] {
+            assert_eq!(device.parse::<DeviceArg>().map(|d| d.to_string()), Ok(device.to_owned()));
+        }
+        for wrong in ["gpu", "cuda:", "cuda:x", "cpu:1"] {
+            assert!(wrong.parse::<DeviceArg>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes() {

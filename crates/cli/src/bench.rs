@@ -15,8 +15,8 @@ use comm::{LocalTransport, MeshCollective, Transport, local_group};
 use engine::{
     BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
 };
-use kernels::Cpu;
 use kernels::cpu::read_bandwidth;
+use kernels::{Backend, Cpu};
 use model::{Executor, ModelOptions, ModelSource, SAMPLING_RANK};
 use serde::Serialize;
 
@@ -234,7 +234,7 @@ impl Group {
     ) -> Result<Self> {
         let probe = Cpu::new(1)?;
         let source = ModelSource::open(dir, options.clone())?;
-        let report = source.report(&probe);
+        let report = source.report(probe.path());
         let ranges = rank_ranges(report.units as usize, workers)?;
         // Just what the benchmark needs, a block more for each sequence.
         if options.kv_memory.is_none() {

@@ -13,12 +13,11 @@ use clap::Args;
 use coordinator::{CoordinatorConfig, ModelInfo};
 use engine::rank_ranges;
 use futures_util::future::select_all;
-use kernels::Cpu;
 use model::ModelSource;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::timeout;
 
-use crate::args::ModelArgs;
+use crate::args::{DeviceArg, ModelArgs};
 use crate::secret::SECRET_VARIABLE;
 use crate::service::{self, Service};
 
@@ -34,7 +33,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) struct EmbeddedArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many]
+    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many; with --device cuda, one for each GPU]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
 }
@@ -57,12 +56,17 @@ impl Embedded {
     pub(crate) async fn start(args: &EmbeddedArgs, grpc: SocketAddr) -> Result<Self> {
         let dir = args.model.dir()?;
         // A worker would say the same, but later and from another process.
-        let report = ModelSource::open(&dir, args.model.options(false))?.report(&Cpu::new(1)?);
-        let width = args.workers.unwrap_or(DEFAULT_WORKERS.min(report.units as usize));
-        rank_ranges(report.units as usize, width).context("--workers")?;
+        let shape = ModelSource::open(&dir, args.model.options(false))?.config().shape;
+        let width = match (args.workers, args.model.device) {
+            (Some(workers), _) => workers,
+            (None, DeviceArg::Cpu) => DEFAULT_WORKERS.min(shape.kv_heads),
+            (None, DeviceArg::Cuda(Some(_))) => 1,
+            (None, DeviceArg::Cuda(None)) => kernels::gpus()?.min(shape.kv_heads),
+        };
+        rank_ranges(shape.kv_heads, width).context("--workers")?;
         let tokenizer = service::tokenizer(&dir)?;
         if let Some(tokenizer) = &tokenizer {
-            tokenizer.check(report.vocabulary).with_context(|| dir.display().to_string())?;
+            tokenizer.check(shape.vocab as u32).with_context(|| dir.display().to_string())?;
         }
 
         let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
@@ -70,9 +74,11 @@ impl Embedded {
         let grpc = service::listen("--grpc", grpc).await?;
         let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
         let service = Service::start(config, grpc, cluster, tokenizer)?;
-        let model = args.model.command_line(width)?;
         let workers = (0..width)
-            .map(|index| spawn_worker(&model, service.cluster, &secret, index == 0))
+            .map(|index| {
+                let model = args.model.command_line(index, width)?;
+                spawn_worker(&model, service.cluster, &secret, index == 0)
+            })
             .collect::<Result<_>>()?;
         Ok(Self { service, workers })
     }

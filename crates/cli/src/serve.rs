@@ -141,7 +141,7 @@ impl WorkerArgs {
             secret: self.secret.secret()?,
             listen: self.listen,
             advertised_host: self.host,
-            threads: self.model.threads(1),
+            device: self.model.device(),
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),

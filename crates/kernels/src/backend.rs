@@ -99,6 +99,9 @@ pub enum Error {
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Tokens that a KV block holds.
+pub const BLOCK_TOKENS: usize = 64;
+
 /// One sequence's rows in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slice {
@@ -210,8 +213,6 @@ pub trait Backend {
 
     // ---- memory
 
-    /// Tokens that a KV block holds.
-    fn block_size(&self) -> usize;
     /// Allocates an activation buffer.
     fn buffer(&self, dtype: DType, rows: usize, cols: usize) -> Result<Self::Buffer>;
     /// Packs a weight: the blocks stacked on top of each other give `[n, k]`, all of the same k (even).

@@ -103,10 +103,6 @@ impl Backend for Cpu {
         self.vectors.path().name()
     }
 
-    fn block_size(&self) -> usize {
-        shape::BLOCK
-    }
-
     fn buffer(&self, dtype: DType, rows: usize, cols: usize) -> Result<Buffer> {
         Buffer::zeroed(dtype, rows, cols)
     }

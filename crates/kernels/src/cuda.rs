@@ -26,6 +26,7 @@ mod step;
 mod transfer;
 mod usage;
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 pub use self::arch::Arch;
@@ -46,7 +47,8 @@ use self::step::Plan;
 use self::transfer::{Choices, MAX_SAMPLED, Words};
 use crate::shape::{self, Dims, KvDims};
 use crate::{
-    Backend, Batch, Choice, DType, Error, KvShape, Partial, Result, RowBlock, SampledRow, Step, Tree,
+    Backend, Batch, Choice, CudaOptions, DType, Error, KvShape, Partial, Result, RowBlock, SampledRow, Step,
+    Tree,
 };
 
 /// Weights are put into allocations of this size, so that few bytes are lost to the driver's pages.
@@ -54,23 +56,9 @@ const ARENA_CHUNK_BYTES: usize = 256 << 20;
 /// What the driver, graphs and work space take beyond what is accounted for.
 const RESERVE_BYTES: u64 = 512 << 20;
 
-/// How a GPU is used.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CudaOptions {
-    /// Which GPU of this machine.
-    pub ordinal: usize,
-    /// The same bits for any number of rows, batch and width, at some cost in speed.
-    pub deterministic: bool,
-    /// Part of the GPU's memory that this process may use, 0 to 1.
-    pub memory_utilization: f64,
-    /// Every weight in an allocation of its own, so that tests notice an access beyond its end.
-    pub separate_allocations: bool,
-}
-
-impl Default for CudaOptions {
-    fn default() -> Self {
-        Self { ordinal: 0, deterministic: false, memory_utilization: 0.9, separate_allocations: false }
-    }
+/// GPUs of this machine, at least one.
+pub(crate) fn count() -> Result<usize> {
+    Device::count()
 }
 
 /// One GPU.
@@ -79,6 +67,8 @@ pub struct Cuda {
     options: CudaOptions,
     path: String,
     arena: Arena,
+    /// Where weights lie as the checkpoint has them before they are packed.
+    staging: RefCell<Scratch>,
     blas: Option<Blas>,
     /// Query heads of a unit, which decide how a step is cut into work, and blocks of the cache.
     group: usize,
@@ -118,6 +108,7 @@ impl Cuda {
         Ok(Self {
             path: format!("cuda-{arch}{kind}"),
             arena: Arena::new(&device, chunk)?,
+            staging: RefCell::new(Scratch::new(&device)),
             blas,
             group: 1,
             kv_blocks: usize::MAX,
@@ -151,7 +142,7 @@ impl Cuda {
     }
 
     fn products(&mut self) -> Products<'_> {
-        Products { device: &self.device, blas: self.blas.as_mut(), scratch: &mut self.products }
+        Products { device: &self.device, scratch: &mut self.products }
     }
 
     /// The plan of the step that runs.
@@ -198,10 +189,6 @@ impl Backend for Cuda {
         &self.path
     }
 
-    fn block_size(&self) -> usize {
-        shape::BLOCK
-    }
-
     fn buffer(&self, dtype: DType, rows: usize, cols: usize) -> Result<Buffer> {
         Buffer::zeroed(&self.device, Dims { dtype, rows, cols })
     }
@@ -209,7 +196,7 @@ impl Backend for Cuda {
     fn matrix(&self, blocks: &[RowBlock<'_>], dtype: DType) -> Result<Matrix> {
         bf16_only(dtype, "a weight")?;
         let (n, k) = shape::weight(blocks)?;
-        Matrix::upload(&self.arena, blocks, n, k)
+        Matrix::upload(&self.arena, &self.staging, blocks, n, k)
     }
 
     fn table(&self, block: RowBlock<'_>, first_id: usize, dtype: DType) -> Result<Table> {
@@ -240,6 +227,8 @@ impl Backend for Cuda {
         let kv = KvCache::zeroed(&self.device, KvDims::new(shape, blocks))?;
         self.reset();
         (self.group, self.kv_blocks) = (shape.group, blocks);
+        // Weights are there: what they were packed from is not needed any more.
+        self.staging = RefCell::new(Scratch::new(&self.device));
         // Recorded steps keep the address of this memory, so it is taken for the longest contexts that the cache can hold.
         self.recorded_spans = attend::recorded_spans(blocks);
         self.attention.reserve(attend::scratch_bytes(shape, self.recorded_spans, shape.group))?;
@@ -424,6 +413,7 @@ impl Backend for Cuda {
             group,
             scale,
             out: out.pointer(),
+            recorded_spans: self.recorded_spans,
         };
         attention.run(&mut self.attention)
     }

@@ -7,18 +7,20 @@ pub mod backend;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod cuda_options;
 pub mod oracle;
 pub mod sample;
 mod shape;
 pub mod tree;
 
 pub use backend::{
-    Backend, Batch, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow, Slice,
-    SourceType, Step,
+    BLOCK_TOKENS, Backend, Batch, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow,
+    Slice, SourceType, Step,
 };
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, CudaOptions};
+pub use cuda::Cuda;
+pub use cuda_options::{CudaOptions, gpus};
 pub use oracle::Oracle;
 pub use sample::{Choice, Draw};
 pub use tree::Tree;

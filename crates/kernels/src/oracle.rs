@@ -118,10 +118,6 @@ impl Backend for Oracle {
         "oracle"
     }
 
-    fn block_size(&self) -> usize {
-        BLOCK
-    }
-
     fn buffer(&self, dtype: DType, rows: usize, cols: usize) -> Result<OracleBuffer> {
         Ok(OracleBuffer { data: vec![0.0; rows * cols], dims: Dims { dtype, rows, cols } })
     }

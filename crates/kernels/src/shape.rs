@@ -3,8 +3,7 @@
 use crate::{Batch, DType, Error, KvShape, Result, RowBlock, Step, Tree};
 use std::ops::Range;
 
-/// Tokens of a KV block.
-pub(crate) const BLOCK: usize = 64;
+pub(crate) use crate::backend::BLOCK_TOKENS as BLOCK;
 
 /// The largest head dimension.
 pub(crate) const MAX_HEAD_DIM: usize = 512;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use comm::Collective;
 use engine::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::{Backend, DType, KvShape};
+use kernels::{BLOCK_TOKENS, Backend, DType, KvShape};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -89,22 +89,22 @@ impl ModelSource {
         &self.config
     }
 
-    /// What this rank would serve on `backend`.
-    pub fn report<B: Backend>(&self, backend: &B) -> Report {
+    /// What a rank serves whose backend has this instruction path.
+    pub fn report(&self, path: &str) -> Report {
         let dtype = |dtype| if dtype == DType::F32 { "f32" } else { "bf16" };
         Report {
             name: self.dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned()),
             vocabulary: self.config.shape.vocab as u32,
             max_context: self.max_context() as u32,
             units: self.config.shape.kv_heads as u32,
-            block_size: backend.block_size() as u32,
+            block_size: BLOCK_TOKENS as u32,
             eos: self.config.eos.clone(),
             fingerprint: format!(
                 "{}-{}-kv_{}-{}-v{KERNEL_VERSION}",
                 self.identity,
                 dtype(self.options.dtype),
                 dtype(self.options.kv_dtype),
-                backend.path(),
+                path,
             ),
         }
     }
@@ -142,7 +142,7 @@ impl ModelSource {
             vocabulary: self.config.shape.vocab,
             max_context: self.max_context(),
             kv_blocks,
-            block_size: backend.block_size(),
+            block_size: BLOCK_TOKENS,
         };
         let model = Model::new(backend, collective, &self.config, weights, kv, ranges, dtype);
         Ok(ModelExecutor::new(model, limits))
@@ -151,7 +151,7 @@ impl ModelSource {
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
         let block = backend.kv_block_bytes(self.kv_shape(self.config.shape.kv_heads));
-        (tokens.div_ceil(backend.block_size()) * block) as u64
+        (tokens.div_ceil(BLOCK_TOKENS) * block) as u64
     }
 
     fn max_context(&self) -> usize {
@@ -170,14 +170,14 @@ impl ModelSource {
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {
-                let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(backend.block_size());
+                let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(BLOCK_TOKENS);
                 (wanted as u64).min(backend.kv_budget()? / block_bytes)
             }
         };
         match u32::try_from(blocks) {
             Ok(0) => Err(Error::Option(format!(
                 "no room for the KV cache: one block of {} tokens takes {block_bytes} bytes on this rank; raise --kv-memory",
-                backend.block_size(),
+                BLOCK_TOKENS,
             ))),
             Ok(blocks) => Ok(blocks as usize),
             Err(_) => {

@@ -5,7 +5,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use auth::Secret;
+use kernels::CudaOptions;
 use model::ModelOptions;
+
+/// What a worker computes on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Device {
+    /// A share of the CPU's cores.
+    Cpu {
+        /// Threads.
+        threads: usize,
+    },
+    /// A GPU.
+    Cuda(CudaOptions),
+}
 
 /// How one worker runs.
 #[derive(Debug, Clone)]
@@ -22,8 +35,8 @@ pub struct WorkerConfig {
     pub model: PathBuf,
     /// How the model is run.
     pub options: ModelOptions,
-    /// CPU threads.
-    pub threads: usize,
+    /// What it computes on.
+    pub device: Device,
     /// How long a coordinator may be out of reach.
     pub join_timeout: Duration,
 }

@@ -9,8 +9,8 @@ pub enum WorkerError {
     /// The checkpoint does not open.
     #[error("cannot open the model")]
     Model(#[source] model::Error),
-    /// The CPU backend does not start.
-    #[error("cannot use the CPU")]
+    /// The device cannot be used.
+    #[error("cannot use the device")]
     Device(#[source] kernels::Error),
     /// The address is taken or not this machine's.
     #[error("cannot listen on {address}")]

@@ -7,6 +7,7 @@
 mod config;
 mod error;
 mod executor;
+mod gpu;
 mod join;
 mod load;
 mod session;
@@ -18,13 +19,14 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kernels::{Backend, Cpu};
 use tracing::{info, warn};
 
-pub use config::WorkerConfig;
+pub use config::{Device, WorkerConfig};
 pub use error::WorkerError;
 
 use crate::join::Identity;
-use crate::load::{CpuLoad, Load};
+use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
 
 /// Pauses before a worker joins again that was not of use the last time.
@@ -33,18 +35,35 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Serves until `shutdown`, or until something is wrong that joining again would not change.
 pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
-    let load = CpuLoad::open(&config)?;
-    let (report, address) = (load.report(), load.address(&config.advertised_host));
-    let identity = Identity {
+    match config.device.clone() {
+        Device::Cpu { threads } => {
+            let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
+            let site = Site::open(&config, backend.path())?;
+            let identity = identity(config, &site);
+            serve_until(&identity, CpuLoad { site, threads }, shutdown).await
+        }
+        Device::Cuda(options) => gpu::run(config, options, shutdown).await,
+    }
+}
+
+fn identity(config: WorkerConfig, site: &Site) -> Identity {
+    Identity {
         coordinator: config.coordinator,
         secret: config.secret,
-        collective_address: address,
+        collective_address: site.address.clone(),
         host: config.advertised_host,
-        report,
+        report: site.report.clone(),
         join_timeout: config.join_timeout,
-    };
+    }
+}
+
+async fn serve_until(
+    identity: &Identity,
+    load: impl Load,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
     tokio::select! {
-        result = serve(&identity, load) => result,
+        result = serve(identity, load) => result,
         () = shutdown => Ok(()),
     }
 }

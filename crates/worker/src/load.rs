@@ -1,5 +1,6 @@
 //! What turns an assignment into an executor: collective first, then weights.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use auth::Secret;
@@ -22,49 +23,44 @@ pub(crate) trait Load: Send + Sync + 'static {
     fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error>;
 }
 
-/// A checkpoint on the CPU, ranks over TCP.
-pub(crate) struct CpuLoad {
+/// A checkpoint and the port of this worker's collectives: what a worker has before it is given a share.
+pub(crate) struct Site {
     source: ModelSource,
     listener: Listener,
     secret: Secret,
-    threads: usize,
-    report: ModelReport,
+    /// What it serves.
+    pub(crate) report: ModelReport,
+    /// Where its collectives are reached.
+    pub(crate) address: String,
 }
 
-impl CpuLoad {
-    /// Opens the checkpoint and the listener: whatever is wrong with them shows before anybody is connected.
-    pub(crate) fn open(config: &WorkerConfig) -> Result<Self, WorkerError> {
+/// Shares on the CPU; ranks over TCP.
+pub(crate) struct CpuLoad {
+    pub(crate) site: Site,
+    pub(crate) threads: usize,
+}
+
+impl Site {
+    /// Opens the checkpoint and the listener: whatever is wrong with them shows before anybody is connected. `path` is the
+    /// backend's instruction path.
+    pub(crate) fn open(config: &WorkerConfig, path: &str) -> Result<Self, WorkerError> {
         let source = ModelSource::open(&config.model, config.options.clone()).map_err(WorkerError::Model)?;
-        let backend = Cpu::new(config.threads).map_err(WorkerError::Device)?;
         let model::Report { name, vocabulary, max_context, units, block_size, eos, fingerprint } =
-            source.report(&backend);
+            source.report(path);
         let listener = Listener::bind(config.listen)
             .map_err(|source| WorkerError::Listen { address: config.listen, source })?;
+        let (host, port) = (&config.advertised_host, listener.address().port());
         Ok(Self {
             source,
             listener,
             secret: config.secret.clone(),
-            threads: config.threads,
             report: ModelReport { name, vocabulary, max_context, units, block_size, eos, fingerprint },
+            address: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
         })
     }
 
-    /// What this worker serves.
-    pub(crate) fn report(&self) -> ModelReport {
-        self.report.clone()
-    }
-
-    /// Where its collectives listen, if `host` is this machine.
-    pub(crate) fn address(&self, host: &str) -> String {
-        let port = self.listener.address().port();
-        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
-    }
-}
-
-impl Load for CpuLoad {
-    type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
-
-    fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
+    /// Connects with the other ranks.
+    fn form(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
         let Assignment { epoch, group, rank, members } = assignment;
         let spec = GroupSpec {
             group: group.clone(),
@@ -73,9 +69,22 @@ impl Load for CpuLoad {
             peers: members.iter().map(|member| member.address.clone()).collect(),
             secret: self.secret.clone(),
         };
-        let ranges: Vec<_> = members.iter().map(|member| member.units.clone()).collect();
-        let transport = TcpTransport::form(&self.listener, &spec, abort, FORM_LIMIT)?;
+        Ok(TcpTransport::form(&self.listener, &spec, abort, FORM_LIMIT)?)
+    }
+}
+
+/// The units of every rank.
+fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
+    assignment.members.iter().map(|member| member.units.clone()).collect()
+}
+
+impl Load for CpuLoad {
+    type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
+
+    fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
+        let ranges = ranges(assignment);
+        let transport = self.site.form(assignment, abort)?;
         let collective = MeshCollective::new(transport, ranges.clone())?;
-        self.source.executor(Cpu::new(self.threads)?, &ranges, collective)
+        self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)
     }
 }

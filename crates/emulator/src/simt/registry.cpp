@@ -25,6 +25,12 @@ const Kernel* find_kernel(const char* name) {
     return found == kernels().end() ? nullptr : &found->second;
 }
 
+bool fits(const Kernel& kernel, Dim3 grid, Dim3 block, u32 shared_bytes) {
+    bool grid_fits = grid.count() != 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
+    bool block_fits = block.count() != 0 && block.count() <= kernel.max_threads && block.z <= 64;
+    return grid_fits && block_fits && shared_bytes <= MAX_SHARED_BYTES;
+}
+
 }  // namespace emulator
 
 EmulatorResult emulator_launch(const char* name, emulator::Dim3 grid, emulator::Dim3 block, unsigned shared_bytes,
@@ -33,9 +39,7 @@ EmulatorResult emulator_launch(const char* name, emulator::Dim3 grid, emulator::
     if (kernel == nullptr) {
         return EMULATOR_NOT_FOUND;
     }
-    bool grid_fits = grid.count() != 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
-    bool block_fits = block.count() != 0 && block.count() <= kernel->max_threads && block.z <= 64;
-    if (!grid_fits || !block_fits || shared_bytes > emulator::MAX_SHARED_BYTES) {
+    if (!emulator::fits(*kernel, grid, block, shared_bytes)) {
         return EMULATOR_INVALID_VALUE;
     }
     emulator::run_grid(kernel->name, grid, block, shared_bytes, kernel->run, parameters);

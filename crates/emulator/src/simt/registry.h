@@ -50,6 +50,9 @@ struct Registration {
 // Null if there is none of that name.
 const Kernel* find_kernel(const char* name);
 
+// Do the kernel and the device allow a launch of this size?
+bool fits(const Kernel& kernel, Dim3 grid, Dim3 block, u32 shared_bytes);
+
 }  // namespace emulator
 
 // What emulator_launch answers, in the driver API's numbers.

@@ -10,8 +10,8 @@
 //   scale: of the scores, f32, positive.
 //   out: bf16 [T, units · group · D].
 //
-// Each of the 4 warps has 16 rows. Blocks of keys and values pass through a ring in shared memory, in the order K₀ K₁ V₀ V₁ for
-// each sub-span: while one is worked on, the next two are on their way.
+// Each of the 4 warps has 16 rows. Blocks of keys and values pass through a ring of three tiles in shared memory, for each
+// sub-span K₀ K₁ V₀ V₁: K₁ and V₀ are on their way while K₀ is worked on, V₁ with K₁, the next K₀ with V₀ and V₁.
 #include "attend.cuh"
 
 static constexpr i32 WARPS = 4;
@@ -64,30 +64,25 @@ template <i32 D> struct Ring {
         cp_async_commit();
     }
 
-    // The oldest tile, when all of it is there; then what was read before it may be overwritten.
-    __device__ __forceinline__ const u16* take_keys() {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();
+    // The oldest tile that was not taken yet. It is there after cp_async_wait and __syncthreads.
+    __device__ __forceinline__ u16* take() {
         return next(reading);
     }
-
-    // Likewise. In the piece where the wanted values end, the rest becomes zeros: each thread's own pieces, before others see them.
-    __device__ __forceinline__ const u16* take_values(i32 count) {
-        cp_async_wait<STAGES - 2>();
-        u16* tile = next(reading);
-        i32 piece = static_cast<i32>(threadIdx.x) % 8;
-        if (count - 8 * piece > 0 && count - 8 * piece < 8) {
-            u16* own = tile + swizzled<8>(static_cast<i32>(threadIdx.x) / 8, piece);
-#pragma unroll 1
-            for (i32 i = 0; i < ELEMENTS / 8 / THREADS; i++) {
-                store16(own, keep_first(load16(own), count - 8 * piece));
-                own += 8 * THREADS;
-            }
-        }
-        __syncthreads();
-        return tile;
-    }
 };
+
+// Where the wanted values end inside a piece, makes zeros of its rest: of this thread's own pieces, which have landed.
+template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, i32 count) {
+    i32 piece = static_cast<i32>(threadIdx.x) % 8;
+    count -= 8 * piece;
+    if (count > 0 && count < 8) {
+        u16* own = tile + swizzled<8>(static_cast<i32>(threadIdx.x) / 8, piece);
+#pragma unroll 1
+        for (i32 i = 0; i < Ring<D>::ELEMENTS / 8 / THREADS; i++) {
+            store16(own, keep_first(load16(own), count));
+            own += 8 * THREADS;
+        }
+    }
+}
 
 // Scores of one block of keys, `half` 0 or 1 of the sub-span.
 template <i32 D>
@@ -116,35 +111,34 @@ static __device__ __forceinline__ void score_block(Scores& scores, const Queries
     }
 }
 
-// Adds one block of weighted values.
+// Folds a sub-span into the outputs of a span: the weighted values of its two blocks, a few columns after the other.
 template <i32 D>
-static __device__ __forceinline__ void add_block(float (&o)[D / 8][4], const Weights& weights, const u16* tile, i32 half, i32 lane) {
+static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0, const u16* tile1,
+                                                   Fold low, Fold high, i32 lane) {
     constexpr i32 TOGETHER = D == 16 ? 2 : 4;
     i32 odd = lane / 4 % 2;
-    const u16* row = tile + lane / 4 * BLOCK_KEYS + 8 * (lane % 4);
-    const u16* quarters[2] = {row + 32 * odd, row + 32 * (1 - odd)};
+    i32 row = lane / 4 * BLOCK_KEYS + 8 * (lane % 4);
+    const u16* groups[GROUPS] = {tile0 + row + 32 * odd, tile0 + row + 32 * (1 - odd), tile1 + row + 32 * odd,
+                                 tile1 + row + 32 * (1 - odd)};
 #pragma unroll
     for (i32 columns = 0; columns < D / 8; columns += TOGETHER) {
+        float o[TOGETHER][4];
+        clear(o);
 #pragma unroll
-        for (i32 part = 0; part < 2; part++) {
+        for (i32 group = 0; group < GROUPS; group++) {
 #pragma unroll
             for (i32 i = 0; i < TOGETHER; i++) {
-                uint4 values = load16(quarters[part] + (columns + i) * 8 * BLOCK_KEYS);
-                add_values(o[columns + i], weights, 2 * half + part, values);
+                add_values(o[i], weights, group, load16(groups[group] + (columns + i) * 8 * BLOCK_KEYS));
             }
         }
-    }
-}
-
-// Folds the outputs of later keys into those of earlier ones.
-template <i32 D>
-static __device__ __forceinline__ void fold_outputs(float (&into)[D / 8][4], const float (&later)[D / 8][4], Fold low, Fold high) {
 #pragma unroll
-    for (i32 i = 0; i < D / 8; i++) {
-        into[i][0] = fold_output(into[i][0], later[i][0], low);
-        into[i][1] = fold_output(into[i][1], later[i][1], low);
-        into[i][2] = fold_output(into[i][2], later[i][2], high);
-        into[i][3] = fold_output(into[i][3], later[i][3], high);
+        for (i32 i = 0; i < TOGETHER; i++) {
+            float(&into)[4] = span[columns + i];
+            into[0] = fold_output(into[0], o[i][0], low);
+            into[1] = fold_output(into[1], o[i][1], low);
+            into[2] = fold_output(into[2], o[i][2], high);
+            into[3] = fold_output(into[3], o[i][3], high);
+        }
     }
 }
 
@@ -160,16 +154,16 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     SliceUnit slice = SliceUnit::at(attention, work.x, unit);
     i32 rows = slice.tokens * attention.group;
     i32 first_row = static_cast<i32>(work.y) + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
-    // Keys that the tile's last row sees.
+    // Keys that the last row of the tile sees, and of the warp.
     i32 keys = slice.seen(min(static_cast<i32>(work.y) + WARPS * TILE_ROWS, rows) - 1, attention.group);
+    i32 warp_keys = first_row < rows ? slice.seen(min(first_row + TILE_ROWS, rows) - 1, attention.group) : 0;
     i32 seen_low = slice.seen(first_row + lane / 4, attention.group);
     i32 seen_high = slice.seen(first_row + lane / 4 + 8, attention.group);
-    i32 last_block = (keys - 1) / BLOCK_KEYS;
+    // The block that has key `first`, or one that exists where none has: then no key of it is wanted.
+    auto block = [&](i32 first) { return keys_of<D>(attention, slice.table[min(first, keys - 1) / BLOCK_KEYS], unit); };
 
     Ring<D> ring = {dynamic_shared<u16>(), 0, 0};
-    const u16* block[2] = {keys_of<D>(attention, slice.table[0], unit), keys_of<D>(attention, slice.table[min(1, last_block)], unit)};
-    ring.fill_keys(block[0], keys);
-    ring.fill_keys(block[1], keys - BLOCK_KEYS);
+    ring.fill_keys(block(0), keys);
 
     Queries<D> queries;
     queries.load(attention, slice, first_row, lane);
@@ -187,41 +181,44 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
 #pragma unroll 1
     for (i32 first = 0; first < keys; first += SUB_SPAN_KEYS) {
         i32 left = keys - first;
-        i32 next_block = (first + SUB_SPAN_KEYS) / BLOCK_KEYS;
-        u32 next[2] = {slice.table[min(next_block, last_block)], slice.table[min(next_block + 1, last_block)]};
         Scores scores;
+        clear(scores.tile);
+        cp_async_wait<0>();
+        __syncthreads();
+        ring.fill_keys(block(first + BLOCK_KEYS), left - BLOCK_KEYS);
+        ring.fill_values(block(first) + BLOCK_KEYS * D, left);
+        const u16* tile = ring.take();
+        if (first < warp_keys) {
+            score_block<D>(scores, queries, tile, 0, lane);
+        }
+
+        cp_async_wait<1>();
+        __syncthreads();
+        ring.fill_values(block(first + BLOCK_KEYS) + BLOCK_KEYS * D, left - BLOCK_KEYS);
+        tile = ring.take();
+        if (first + BLOCK_KEYS < warp_keys) {
+            score_block<D>(scores, queries, tile, 1, lane);
+        }
+
+        hide_keys(scores, seen_low - first, seen_high - first, lane);
         Weights weights;
         State low, high;
-
-        const u16* tile = ring.take_keys();
-        ring.fill_values(block[0] + BLOCK_KEYS * D, left);
-        clear(scores.tile);
-        score_block<D>(scores, queries, tile, 0, lane);
-
-        tile = ring.take_keys();
-        ring.fill_values(block[1] + BLOCK_KEYS * D, left - BLOCK_KEYS);
-        score_block<D>(scores, queries, tile, 1, lane);
-        hide_keys(scores, seen_low - first, seen_high - first, lane);
         softmax(scores, exponent, weights, low, high);
-
-        tile = ring.take_values(left);
-        block[0] = keys_of<D>(attention, next[0], unit);
-        ring.fill_keys(block[0], left - SUB_SPAN_KEYS);
-        float o[D / 8][4];
-        clear(o);
-        add_block<D>(o, weights, tile, 0, lane);
-
-        tile = ring.take_values(left - BLOCK_KEYS);
-        block[1] = keys_of<D>(attention, next[1], unit);
-        ring.fill_keys(block[1], left - SUB_SPAN_KEYS - BLOCK_KEYS);
-        add_block<D>(o, weights, tile, 1, lane);
         Fold fold_low = fold_states(span_low, low, exponent);
         Fold fold_high = fold_states(span_high, high, exponent);
-        fold_outputs<D>(span_o, o, fold_low, fold_high);
+
+        u16* values0 = ring.take();
+        u16* values1 = ring.take();
+        cp_async_wait<0>();
+        clear_values<D>(values0, left);
+        clear_values<D>(values1, left - BLOCK_KEYS);
+        __syncthreads();
+        ring.fill_keys(block(first + SUB_SPAN_KEYS), left - SUB_SPAN_KEYS);
+        fold_values<D>(span_o, weights, values0, values1, fold_low, fold_high, lane);
 
         if ((first + SUB_SPAN_KEYS) % SPAN_KEYS == 0 || left <= SUB_SPAN_KEYS) {
-            Fold fold_low = fold_states(total_low, span_low, exponent);
-            Fold fold_high = fold_states(total_high, span_high, exponent);
+            fold_low = fold_states(total_low, span_low, exponent);
+            fold_high = fold_states(total_high, span_high, exponent);
 #pragma unroll
             for (i32 i = 0; i < D / 8; i++) {
                 float4 o = total[i * THREADS];

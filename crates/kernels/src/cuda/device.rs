@@ -50,6 +50,33 @@ impl Device {
     /// # Errors
     /// [`Error::Unsupported`] where there is no driver, no such GPU, or too old a driver: in a sentence for users.
     pub(crate) fn open(ordinal: usize) -> Result<Rc<Self>> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            return Err(Error::Unsupported(format!("there is no GPU {ordinal}: this machine has {count}")));
+        }
+        let opening = || format!("opening GPU {ordinal}");
+        let context = CudaContext::new(ordinal).map_err(|e| failed(opening(), e))?;
+        // SAFETY: one stream orders all work, so no event is needed between two uses of a buffer.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| failed(opening(), e))?;
+        let multiprocessors = context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(|e| failed(opening(), e))?;
+        let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1).max(1);
+        Ok(Rc::new(Self {
+            context,
+            stream,
+            modules: RefCell::default(),
+            kernels: RefCell::default(),
+            multiprocessors,
+        }))
+    }
+
+    /// GPUs of this machine, at least one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there is no driver, too old a driver, or no GPU: in a sentence for users.
+    pub(crate) fn count() -> Result<usize> {
         // SAFETY: looks whether a library can be opened, and opens it.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::Unsupported(
@@ -72,26 +99,10 @@ impl Device {
                 shown(DRIVER_VERSION)
             )));
         }
-        let count = result::device::get_count().map_err(unusable)?;
-        if ordinal >= usize::try_from(count).unwrap_or(0) {
-            return Err(Error::Unsupported(format!("there is no GPU {ordinal}: this machine has {count}")));
+        match result::device::get_count().map_err(unusable)? {
+            count @ 1.. => Ok(count.unsigned_abs() as usize),
+            _ => Err(Error::Unsupported("this machine has no GPU: run with --device cpu".into())),
         }
-        let opening = || format!("opening GPU {ordinal}");
-        let context = CudaContext::new(ordinal).map_err(|e| failed(opening(), e))?;
-        // SAFETY: one stream orders all work, so no event is needed between two uses of a buffer.
-        unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(|e| failed(opening(), e))?;
-        let multiprocessors = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(|e| failed(opening(), e))?;
-        let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1).max(1);
-        Ok(Rc::new(Self {
-            context,
-            stream,
-            modules: RefCell::default(),
-            kernels: RefCell::default(),
-            multiprocessors,
-        }))
     }
 
     /// Its compute capability, for example (9, 0).

@@ -160,7 +160,8 @@ mod tests {
 
     #[test]
     fn parts_that_do_not_tile_the_tree_are_refused() {
-        assert!(FoldProgram::new(&[0..2, 3..4], &[0..4]).is_err());
-        assert!(FoldProgram::new(&[0..1, 1..2, 2..3], &[0..2]).is_err());
+        let (four, two) = (0..4, 0..2);
+        assert!(FoldProgram::new(&[0..2, 3..4], std::slice::from_ref(&four)).is_err());
+        assert!(FoldProgram::new(&[0..1, 1..2, 2..3], std::slice::from_ref(&two)).is_err());
     }
 }

@@ -4,7 +4,8 @@
 // gemm_FORMAT_tN(panels, x, rows, x_cols, out, out_cols): out[row·out_cols + panel.out_offset + i] f32, for
 //   column-parallel matrices (out_offset = the panel's first column), and for the units of row-parallel ones (out_offset = the
 //   unit's place in a scratch buffer, out_cols = n; `fold` then adds the units).
-// Grid (⌈rows / N⌉ · ⌈largest panel.n / weight rows⌉, panels). Dynamic shared memory in bytes:
+// Grid (⌈rows / N⌉ · ⌈largest panel.n / weight rows⌉, panels). Dynamic shared memory in bytes (above 48 KiB the function's
+// attribute must be set):
 //
 //   kernel  rows of x (N)  weight rows  threads    bf16    int8    fp8     int4
 //   _t16         16            64         128     40960   50432   49152   34048
@@ -18,10 +19,9 @@
 
 static constexpr i32 BAND = 16;  // tiles of rows of x that meet all weights together: their x stays in L2
 
-// A kernel's shape: a block's tile, a warp's part of it, and how many steps of k are in shared memory.
-template <i32 TILE_ROWS, i32 TILE_TOKENS, i32 WARP_TILE_ROWS, i32 WARP_TILE_TOKENS, i32 PIPELINE> struct Shape {
-    static constexpr i32 ROWS = TILE_ROWS, TOKENS = TILE_TOKENS, WARP_ROWS = WARP_TILE_ROWS, WARP_TOKENS = WARP_TILE_TOKENS;
-    static constexpr i32 STAGES = PIPELINE;
+// A kernel's shape: weight rows and rows of x of a block and of a warp, and how many steps of k are in shared memory.
+template <i32 BLOCK_M, i32 BLOCK_N, i32 WARP_M, i32 WARP_N, i32 PIPELINE> struct Shape {
+    static constexpr i32 ROWS = BLOCK_M, TOKENS = BLOCK_N, WARP_ROWS = WARP_M, WARP_TOKENS = WARP_N, STAGES = PIPELINE;
     static constexpr i32 THREADS = ROWS / WARP_ROWS * (TOKENS / WARP_TOKENS) * 32;
 };
 

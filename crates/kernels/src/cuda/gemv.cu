@@ -7,17 +7,18 @@
 //   n; each unit's product is a leaf of the tree; outputs.out[j] f32 [rows][n].   grid ⌈n / 16⌉
 //
 // Block: 32 threads × warps, any number from 1 to 16. Dynamic shared memory: 512 bytes × segments, where segments is the largest
-// ⌈panel.k / 512⌉, or for partials their sum over the units. Warps beyond the number of segments would idle. Best for the speed:
-// ⌈segments / ⌈segments / 8⌉⌉ warps, with 16 in place of 8 where there are fewer blocks than 2 for each multiprocessor.
+// ⌈panel.k / 512⌉, or for partials their sum over the units (above 48 KiB the function's attribute must be set). Warps beyond the
+// number of segments would idle. Best for the speed: ⌈segments / ⌈segments / 8⌉⌉ warps, with 16 in place of 8 where there are
+// fewer than two blocks for each multiprocessor.
 //
 //   panels: by value, see weights.cuh; out_offset matters to gemv_FORMAT alone. program, outputs: by value, see tree.cuh.
 //   x: bf16 [rows][x_cols], aligned to 16 bytes, x_cols % 8 == 0 and panel.x_offset % 8 == 0. rows: 1..8.
 #include "tree.cuh"
 #include "weights.cuh"
 
-static constexpr i32 TOKENS = 8;       // rows of x
+static constexpr i32 TOKENS = 8;  // rows of x
 static constexpr i32 TILE = TILE_ROWS * TOKENS;
-static constexpr i32 AHEAD = 4;        // steps of weights under way
+static constexpr i32 AHEAD = 4;  // steps of weights under way
 
 struct Input {
     const u16* x;

@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::blas::{Blas, OPERAND_ALIGNMENT, Size};
 use super::buffer::Buffer;
 use super::device::{Arguments, Device, Launch};
 use super::fold::{FoldProgram, MAX_UNITS, Outputs, Parts, fold};
@@ -20,8 +19,6 @@ const GEMV_ROWS: usize = 8;
 const GEMV_TILE: usize = 16;
 /// The most warps that share the segments.
 const GEMV_WARPS: usize = 16;
-/// From so many rows on cuBLASLt serves, where bits may differ.
-const BLAS_ROWS: usize = 65;
 /// Bytes of units' sums at a time: more rows are done in several turns.
 const SCRATCH_BYTES: usize = 64 << 20;
 
@@ -55,8 +52,6 @@ struct Tile {
 /// What products share.
 pub(crate) struct Products<'a> {
     pub(crate) device: &'a Device,
-    /// None where bits must not depend on the number of rows.
-    pub(crate) blas: Option<&'a mut Blas>,
     pub(crate) scratch: &'a mut Scratch,
 }
 
@@ -71,31 +66,6 @@ impl Products<'_> {
     ) -> Result<()> {
         let out_cols = out.dims().cols;
         let (x_cols, x) = (x.dims().cols, x.pointer());
-        if let Some(blas) = self.blas.as_deref_mut()
-            && rows >= BLAS_ROWS
-            && weights.iter().all(|w| w.format == Format::Bf16)
-            && aligned(out_cols)
-            && weights.iter().all(|w| aligned(w.n))
-        {
-            let mut first = 0;
-            for run in side_by_side(weights) {
-                let n = run.iter().map(|w| w.n).sum();
-                let size = Size {
-                    rows,
-                    n,
-                    k: run[0].k,
-                    x_stride: x_cols,
-                    weight_stride: run[0].stride(),
-                    out_stride: out_cols,
-                };
-                // SAFETY: sizes were checked by `shape`; the run's weights lie one behind the other.
-                unsafe {
-                    blas.multiply(size, x, run[0].weights.pointer(), out.pointer() + 4 * first as u64, false)
-                }?;
-                first += n;
-            }
-            return Ok(());
-        }
         let mut first = 0;
         let panels = weights.iter().map(|w| {
             let panel = panel(w, 0, first);
@@ -108,7 +78,7 @@ impl Products<'_> {
         let grid_y = weights.len() as u32;
         if rows <= GEMV_ROWS {
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).max().unwrap_or(1);
-            let launch = gemv_launch(n, grid_y, segments);
+            let launch = gemv_launch(self.device, n, grid_y, segments);
             let arguments = Arguments::default()
                 .with(panels)
                 .with(x)
@@ -135,30 +105,6 @@ impl Products<'_> {
         let Some(format) = format(weights)? else { return Ok(()) };
         let (x_cols, x) = (x.dims().cols, x.pointer());
         let n = weights[0].n;
-        if let Some(blas) = self.blas.as_deref_mut()
-            && rows >= BLAS_ROWS
-            && format == Format::Bf16
-            && aligned(n)
-        {
-            let mut x = x;
-            for (unit, weight) in (first_unit..).zip(weights) {
-                let Some((subtree, out)) = subtrees.iter().find(|(units, _)| units.contains(&unit)) else {
-                    continue;
-                };
-                let size = Size {
-                    rows,
-                    n,
-                    k: weight.k,
-                    x_stride: x_cols,
-                    weight_stride: weight.stride(),
-                    out_stride: n,
-                };
-                // SAFETY: sizes were checked by `shape`.
-                unsafe { blas.multiply(size, x, weight.weights.pointer(), *out, unit != subtree.start) }?;
-                x += 2 * weight.k as u64;
-            }
-            return Ok(());
-        }
         let leaves: Vec<_> = (first_unit..first_unit + weights.len()).map(|unit| unit..unit + 1).collect();
         let roots: Vec<_> = subtrees.iter().map(|(units, _)| units.clone()).collect();
         let program = FoldProgram::new(&leaves, &roots)?;
@@ -170,7 +116,7 @@ impl Products<'_> {
                 panel
             }))?;
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).sum();
-            let launch = gemv_launch(n, 1, segments);
+            let launch = gemv_launch(self.device, n, 1, segments);
             let arguments = Arguments::default()
                 .with(panels)
                 .with(program)
@@ -266,27 +212,13 @@ fn format(weights: &[Matrix]) -> Result<Option<Format>> {
     Ok(Some(first.format))
 }
 
-/// Runs of weights that lie one behind the other in memory, with the same k: one matrix.
-fn side_by_side(weights: &[Matrix]) -> Vec<&[Matrix]> {
-    weights
-        .chunk_by(|a, b| a.k == b.k && a.weights.pointer() + a.bytes as u64 == b.weights.pointer())
-        .collect()
-}
-
-/// Whether so many f32 keep what follows aligned for cuBLASLt.
-fn aligned(elements: usize) -> bool {
-    (4 * elements).is_multiple_of(OPERAND_ALIGNMENT as usize)
-}
-
-/// As few warps as do the segments in as few turns as can be.
-fn gemv_launch(n: usize, grid_y: u32, segments: usize) -> Launch {
-    let segments = segments.max(1);
-    let warps = segments.div_ceil(segments.div_ceil(GEMV_WARPS));
-    Launch {
-        grid: (n.div_ceil(GEMV_TILE) as u32, grid_y),
-        threads: 32 * warps as u32,
-        shared_bytes: 512 * segments as u32,
-    }
+/// Warps enough to keep the memory busy, and no more than do the segments in as few turns as can be.
+fn gemv_launch(device: &Device, n: usize, grid_y: u32, segments: usize) -> Launch {
+    let (blocks, segments) = (n.div_ceil(GEMV_TILE) as u32, segments.max(1));
+    let few = blocks * grid_y < 2 * device.multiprocessors();
+    let most = if few { GEMV_WARPS } else { GEMV_WARPS / 2 };
+    let warps = segments.div_ceil(segments.div_ceil(most));
+    Launch { grid: (blocks, grid_y), threads: 32 * warps as u32, shared_bytes: 512 * segments as u32 }
 }
 
 fn gemv_kernel(format: Format) -> &'static str {

@@ -1,12 +1,18 @@
 //! Weights on the GPU, in the formats of `weights.cuh`.
 
+use std::cell::RefCell;
+
 use half::{bf16, f16};
 
-use super::memory::{Arena, Region};
+use super::device::{Arguments, Launch};
+use super::memory::{Arena, Region, Scratch};
 use crate::{Error, Result, RowBlock, SourceType};
 
+/// Rows of a tile.
+const TILE_ROWS: usize = 16;
 /// Rows of bf16 are padded to so many elements.
-const BF16_PADDING: usize = 32;
+const BF16_PADDING: usize = 64;
+const PACK_THREADS: usize = 256;
 
 /// How a weight's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,28 +33,37 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Stacks blocks of the same k.
-    pub(crate) fn upload(arena: &Arena, blocks: &[RowBlock<'_>], n: usize, k: usize) -> Result<Self> {
+    /// Stacks blocks of the same k, and packs them on the device.
+    pub(crate) fn upload(
+        arena: &Arena,
+        staging: &RefCell<Scratch>,
+        blocks: &[RowBlock<'_>],
+        n: usize,
+        k: usize,
+    ) -> Result<Self> {
         if !k.is_multiple_of(8) {
             return Err(Error::Unsupported(format!(
                 "a weight of [{n}, {k}] does not suit the GPU's kernels: k must be a multiple of 8"
             )));
         }
-        let stride = k.next_multiple_of(BF16_PADDING);
-        let mut bytes = Vec::with_capacity(n * stride * 2);
+        let mut rows = Vec::with_capacity(n * k * 2);
         for block in blocks {
-            for row in block.bytes.chunks_exact(k * block.dtype.size()) {
-                append_bf16(row, block.dtype, &mut bytes);
-                bytes.resize(bytes.len() + (stride - k) * 2, 0);
-            }
+            append_bf16(block.bytes, block.dtype, &mut rows);
         }
-        let weights = arena.upload("weights", &bytes)?;
-        Ok(Self { format: Format::Bf16, weights, n, k, bytes: bytes.len() })
-    }
-
-    /// Elements from one row to the next (bf16).
-    pub(crate) fn stride(&self) -> usize {
-        self.k.next_multiple_of(BF16_PADDING)
+        let bytes = n.div_ceil(TILE_ROWS) * k.div_ceil(BF16_PADDING) * TILE_ROWS * BF16_PADDING * 2;
+        let weights = arena.region("weights", bytes)?;
+        let staged = staging.borrow_mut().reserve(rows.len())?;
+        arena.copy(staged, &rows)?;
+        let launch = Launch {
+            grid: (bytes.div_ceil(16 * PACK_THREADS) as u32, 1),
+            threads: PACK_THREADS as u32,
+            shared_bytes: 0,
+        };
+        let arguments =
+            Arguments::default().with(staged).with(n as i32).with(k as i32).with(weights.pointer());
+        // SAFETY: the region is as large as the packed matrix, the staged rows are n · k; see pack.cu.
+        unsafe { arena.device().launch("pack_bf16", launch, arguments) }?;
+        Ok(Self { format: Format::Bf16, weights, n, k, bytes })
     }
 }
 

@@ -136,8 +136,18 @@ impl Arena {
     /// A region that holds `bytes`.
     pub(crate) fn upload(&self, what: &'static str, bytes: &[u8]) -> Result<Region> {
         let region = self.region(what, bytes.len())?;
-        self.uploader.copy(&region, bytes)?;
+        self.copy(region.pointer(), bytes)?;
         Ok(region)
+    }
+
+    /// Begins to copy to an address that has room; returns when the source may be changed.
+    pub(crate) fn copy(&self, target: u64, bytes: &[u8]) -> Result<()> {
+        self.uploader.copy(target, bytes)
+    }
+
+    /// The device that it is on.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
     }
 
     /// A region of at least `bytes` bytes.
@@ -172,7 +182,7 @@ impl Uploader {
         Ok(Self { device: device.clone(), stages: [stage()?, stage()?], turn: RefCell::default() })
     }
 
-    fn copy(&self, region: &Region, bytes: &[u8]) -> Result<()> {
+    fn copy(&self, target: u64, bytes: &[u8]) -> Result<()> {
         let mut turn = self.turn.borrow_mut();
         for (index, part) in bytes.chunks(STAGE_BYTES).enumerate() {
             let stage = &self.stages[turn.0];
@@ -180,7 +190,7 @@ impl Uploader {
                 read.synchronize().map_err(|e| failed("copying weights to the GPU", e))?;
             }
             stage.write(part);
-            let target = region.pointer() + (index * STAGE_BYTES) as u64;
+            let target = target + (index * STAGE_BYTES) as u64;
             let read = stage.send(target, part.len())?;
             let current = turn.0;
             turn.1[current] = Some(read);

@@ -166,8 +166,8 @@ static __device__ __forceinline__ i32 lane_that_reaches(double value, double eno
 }
 
 // The first index below `count` at which `before` and the sum of value(0..=index) reach `enough`, which may be given as a share
-// of the whole sum (with `before` = 0). The whole sum is above 0. value(index) is computed as value(index, load(index)). Each warp
-// adds up a part of the indices; the part where it happens is divided again, down to 32.
+// of the whole sum (with `before` = 0). The whole sum is above 0. A value is value(index, load(index)). Each warp adds up a part
+// of the indices; the part where it happens is divided again, down to 32.
 template <class Load, class Value>
 static __device__ __forceinline__ Reached reach(i32 count, double before, double enough, bool is_share, Shared& shared,
                                                 Load load, Value value) {
@@ -283,6 +283,7 @@ KERNEL(1024, 1, sample, (const float* logits, i32 vocabulary, const u32* draws, 
             u32 bits = row.weight(logit);
             return row.counts(bits, candidate) ? static_cast<double>(__uint_as_float(bits)) : 0.0;
         };
+        // It reaches the target where sample.rs's sum exceeds it: the same, unless they are equal to the last bit of an f64.
         id = reach(vocabulary, 0.0, uniform(seed, position), true, shared, load, weight).index;
     }
     if (threadIdx.x == 0) {

@@ -5,7 +5,7 @@ use super::device::{Arguments, Device, Launch};
 use crate::Result;
 
 /// Threads of a row.
-const THREADS: u32 = 512;
+const THREADS: u32 = 1024;
 
 /// `draws`: six words for each row (see `step`); `out`: two words for each row.
 pub(crate) fn sample(device: &Device, rows: usize, logits: &Buffer, draws: u64, out: u64) -> Result<()> {

@@ -43,7 +43,9 @@ pub(crate) struct Parts {
     pub(crate) short_slices: usize,
     /// `[short slices + 1]`: spans of keys of all short slices before it.
     pub(crate) span_offset: usize,
-    /// `[long tiles, 2]`: slice, and the tile's first query among the slice's rows × query heads.
+    /// `[1]`: the number of short slices.
+    pub(crate) short_count: usize,
+    /// `[long tiles, 2]`, on an even word: slice, and the tile's first query among the slice's rows × query heads.
     pub(crate) long_tiles: usize,
     /// `[sampled]`: rows.
     pub(crate) sampled: usize,
@@ -70,11 +72,19 @@ impl Parts {
             table_offset: part(sizes.slices + 1),
             short_slices: part(sizes.short_slices),
             span_offset: part(sizes.short_slices + 1),
-            long_tiles: part(2 * sizes.long_tiles),
+            short_count: part(1),
+            long_tiles: part(2 * sizes.long_tiles + 1),
             sampled: part(sizes.sampled),
             draws: part(DRAW_WORDS * sizes.sampled),
             table: end,
         }
+        .with_even_tiles()
+    }
+
+    /// The kernel reads tiles in pairs of words; a spare word lets them begin on an even one.
+    fn with_even_tiles(mut self) -> Self {
+        self.long_tiles = self.long_tiles.next_multiple_of(2);
+        self
     }
 }
 
@@ -110,12 +120,16 @@ impl Plan {
         let padded_slices = if decodes { step.rows } else { slices.len() };
         let is_short = |slice: &Slice| slice.len * group <= SHORT_ROWS;
         let short: Vec<usize> = (0..slices.len()).filter(|&i| is_short(&slices[i])).collect();
-        let tiles: Vec<(usize, usize)> = slices
+        let mut tiles: Vec<(usize, usize)> = slices
             .iter()
             .enumerate()
             .filter(|(_, slice)| !is_short(slice))
             .flat_map(|(i, slice)| (0..slice.len * group).step_by(LONG_TILE_ROWS).map(move |row| (i, row)))
             .collect();
+        // The longest first, so that no multiprocessor begins one when the others are through.
+        let keys =
+            |&(slice, first): &(usize, usize)| slices[slice].start + (first + LONG_TILE_ROWS) / group.max(1);
+        tiles.sort_by_key(|tile| std::cmp::Reverse(keys(tile)));
         let sizes = Sizes {
             rows: step.rows,
             slices: padded_slices,
@@ -144,7 +158,8 @@ impl Plan {
         }
         let table_words = (words.len() - parts.table) as u32;
         for index in slices.len()..=padded_slices {
-            words[parts.slice_row + index] = row as u32;
+            // A slice of padding has one row, at no position, and no keys.
+            words[parts.slice_row + index] = (row + index - slices.len()) as u32;
             words[parts.table_offset + index] = table_words;
         }
         let mut spans = 0;
@@ -154,11 +169,12 @@ impl Plan {
                 words[parts.short_slices + index] = slice as u32;
                 spans += (slices[slice].start + slices[slice].len).div_ceil(SPAN) as u32;
             } else {
-                // A slice that means nothing: it has no rows and no spans.
+                // Padding, without spans.
                 words[parts.short_slices + index] = index as u32;
             }
         }
         words[parts.span_offset + sizes.short_slices] = spans;
+        words[parts.short_count] = sizes.short_slices as u32;
         for (index, &(slice, first)) in tiles.iter().enumerate() {
             words[parts.long_tiles + 2 * index] = slice as u32;
             words[parts.long_tiles + 2 * index + 1] = first as u32;

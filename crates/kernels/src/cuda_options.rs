@@ -1,0 +1,33 @@
+//! How a GPU is used; there also where the GPU backend is not built in.
+
+/// How a GPU is used.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CudaOptions {
+    /// Which GPU of this machine.
+    pub ordinal: usize,
+    /// The same bits for any number of rows, batch and width, at some cost in speed.
+    pub deterministic: bool,
+    /// Part of the GPU's memory that this process may use, 0 to 1.
+    pub memory_utilization: f64,
+    /// Every weight in an allocation of its own, so that tests notice an access beyond its end.
+    pub separate_allocations: bool,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self { ordinal: 0, deterministic: false, memory_utilization: 0.9, separate_allocations: false }
+    }
+}
+
+/// GPUs of this machine that could be used, at least one.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) where there is none, or no driver: in a sentence for users.
+pub fn gpus() -> crate::Result<usize> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::count();
+    #[cfg(not(feature = "cuda"))]
+    Err(crate::Error::Unsupported(
+        "this program was built without its GPU backend (feature `cuda`): run with --device cpu".into(),
+    ))
+}
