@@ -68,7 +68,9 @@ fn kernel_folder() -> PathBuf {
 
 /// Where cargo puts what it builds.
 fn target() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| home().join("../../target"), PathBuf::from).join("emulator")
+    env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| home().join("../../target"), PathBuf::from)
+        .join("emulator")
 }
 
 /// The emulator's own sources.
