@@ -196,6 +196,7 @@ mod tests {
     use std::fs::{self, File};
 
     use super::*;
+    use crate::cuda::Version;
     use crate::cuda::limits::violations;
 
     /// Set by CI, where a test that needs NVRTC must not pass for want of it.
@@ -283,6 +284,26 @@ mod tests {
             assert_eq!((&first.image, first.usage()), (&second.image, second.usage()));
             assert_eq!(second.image, third.image);
         }
+    }
+
+    #[test]
+    fn without_nvrtc_modules_of_any_version_will_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new(folder.path().to_owned());
+        let cache = Store { given: None, cache: Some(folder.clone()) };
+        let given = Store { given: Some(folder.clone()), cache: None };
+        let load = |store| {
+            let compiler = LazyLock::new(|| Err(CompileError::NoCompiler));
+            let loader = Loader { store, arch: Arch::Sm80, compiler, warning: OnceLock::new() };
+            loader.load(&SOURCES[0]).map(|module| (module.origin, module.image))
+        };
+        assert_eq!(load(&cache), Err(CompileError::NoCompiler));
+        assert_eq!(load(&given), Err(CompileError::NoCompiler));
+        let compiled = Compiled { image: b"\x7fELF".to_vec(), log: String::new() };
+        let key = Key::new(&SOURCES[0], HEADERS, Arch::Sm80);
+        folder.write(&key, Version { major: 12, minor: 9 }, &compiled).unwrap();
+        assert_eq!(load(&cache), Ok((Origin::Cached, compiled.image.clone())));
+        assert_eq!(load(&given), Ok((Origin::Given, compiled.image)));
     }
 
     #[test]
