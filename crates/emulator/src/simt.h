@@ -44,10 +44,10 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-#define threadIdx (::emulator::here->index)
-#define blockIdx (::emulator::here->block->index)
-#define blockDim (::emulator::here->block->size)
-#define gridDim (::emulator::here->block->grid)
+#define threadIdx (::emulator::here()->index)
+#define blockIdx (::emulator::here()->block->index)
+#define blockDim (::emulator::here()->block->size)
+#define gridDim (::emulator::here()->block->grid)
 static const int warpSize = 32;
 
 // A kernel becomes a function of this file, known to the launcher by its name.
@@ -58,7 +58,7 @@ static const int warpSize = 32;
     static void kernel_##name parameters
 
 template <class T> __forceinline__ T* dynamic_shared() {
-    return reinterpret_cast<T*>(::emulator::here->block->shared);
+    return reinterpret_cast<T*>(::emulator::here()->block->shared);
 }
 
 // ---- meeting points
@@ -84,8 +84,8 @@ inline void __syncwarp(u32 mask = 0xffffffffu, EMULATOR_WHERE) {
 // The value of lane `source`; of all ones if that lane takes no part.
 template <class T> inline T emulator_shuffle(u32 mask, T value, u32 source, ::emulator::Place place) {
     static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
-    ::emulator::Warp& warp = *::emulator::here->warp;
-    u32 lane = ::emulator::here->lane;
+    ::emulator::Warp& warp = *::emulator::here()->warp;
+    u32 lane = ::emulator::here()->lane;
     warp.value[lane] = 0;
     __builtin_memcpy(&warp.value[lane], &value, sizeof value);
     warp.source[lane] = source;
@@ -94,26 +94,26 @@ template <class T> inline T emulator_shuffle(u32 mask, T value, u32 source, ::em
     return value;
 }
 template <class T> inline T __shfl_sync(u32 mask, T value, int source, int width = 32, EMULATOR_WHERE) {
-    u32 lane = ::emulator::here->lane, segment = static_cast<u32>(width);
+    u32 lane = ::emulator::here()->lane, segment = static_cast<u32>(width);
     return emulator_shuffle(mask, value, (lane & ~(segment - 1)) | (static_cast<u32>(source) & (segment - 1)), place);
 }
 template <class T> inline T __shfl_up_sync(u32 mask, T value, u32 distance, int width = 32, EMULATOR_WHERE) {
-    u32 lane = ::emulator::here->lane, segment = static_cast<u32>(width);
+    u32 lane = ::emulator::here()->lane, segment = static_cast<u32>(width);
     return emulator_shuffle(mask, value, (lane & (segment - 1)) >= distance ? lane - distance : lane, place);
 }
 template <class T> inline T __shfl_down_sync(u32 mask, T value, u32 distance, int width = 32, EMULATOR_WHERE) {
-    u32 lane = ::emulator::here->lane, segment = static_cast<u32>(width);
+    u32 lane = ::emulator::here()->lane, segment = static_cast<u32>(width);
     return emulator_shuffle(mask, value, (lane & (segment - 1)) + distance < segment ? lane + distance : lane, place);
 }
 template <class T> inline T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32, EMULATOR_WHERE) {
-    u32 lane = ::emulator::here->lane, segment = static_cast<u32>(width), source = lane ^ static_cast<u32>(bits);
+    u32 lane = ::emulator::here()->lane, segment = static_cast<u32>(width), source = lane ^ static_cast<u32>(bits);
     return emulator_shuffle(mask, value, source <= (lane | (segment - 1)) ? source : lane, place);
 }
 
 // In the upper half the lanes that took part, in the lower half those that voted yes.
 inline u64 emulator_ballot(u32 mask, int vote, ::emulator::Place place) {
-    ::emulator::Warp& warp = *::emulator::here->warp;
-    u32 lane = ::emulator::here->lane;
+    ::emulator::Warp& warp = *::emulator::here()->warp;
+    u32 lane = ::emulator::here()->lane;
     warp.value[lane] = vote != 0;
     ::emulator::meet_warp(::emulator::Meeting::Ballot, mask, place);
     return warp.result[lane];
@@ -131,8 +131,8 @@ inline int __all_sync(u32 mask, int vote, EMULATOR_WHERE) {
 
 // c += a · b: to c the 16 products in ascending k, each sum rounded to nearest. See simt/warp.cpp.
 inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATOR_WHERE) {
-    u32 lane = ::emulator::here->lane, group = lane / 4, pair = lane % 4;
-    ::emulator::MmaOperands& mma = ::emulator::here->warp->mma;
+    u32 lane = ::emulator::here()->lane, group = lane / 4, pair = lane % 4;
+    ::emulator::MmaOperands& mma = ::emulator::here()->warp->mma;
     mma.a[0][lane] = a0;
     mma.a[1][lane] = a1;
     mma.a[2][lane] = a2;
@@ -176,7 +176,7 @@ inline void cp_async16(void* shared, const void* global, bool valid, EMULATOR_WH
     ::emulator::start_copy(shared, valid ? global : nullptr);
 }
 inline void cp_async_commit() {
-    ::emulator::here->copy_group++;
+    ::emulator::here()->copy_group++;
 }
 template <i32 PENDING> inline void cp_async_wait() {
     ::emulator::wait_for_copies(PENDING);

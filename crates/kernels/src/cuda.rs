@@ -94,11 +94,18 @@ impl Cuda {
     /// # Errors
     /// [`Error::Unsupported`] where a library or a GPU is missing or too old: in a sentence for users.
     pub fn open(options: CudaOptions) -> Result<Self> {
+        Self::with_kernels(options, &Store::from_env())
+    }
+
+    /// Likewise, with kernels kept elsewhere.
+    ///
+    /// # Errors
+    /// As [`Cuda::open`].
+    pub fn with_kernels(options: CudaOptions, store: &Store) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
         let (major, minor) = device.capability()?;
         let arch = Arch::for_device(major, minor)?;
-        let loaded =
-            load(&Store::from_env(), arch, &|_| {}).map_err(|error| Error::Unsupported(error.to_string()))?;
+        let loaded = load(store, arch, &|_| {}).map_err(|error| Error::Unsupported(error.to_string()))?;
         for module in &loaded.modules {
             device.load(&module.image)?;
         }

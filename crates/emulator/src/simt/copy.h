@@ -19,17 +19,17 @@ inline void land(const PendingCopy& copy) {
 
 // `global` null: zeros.
 inline void start_copy(void* shared, const void* global) {
-    PendingCopy copy = {shared, global, here->copy_group};
+    PendingCopy copy = {shared, global, here()->copy_group};
     if (lands_at_once()) {
         land(copy);
     } else {
-        here->copies.push_back(copy);
+        here()->copies.push_back(copy);
     }
 }
 
 // Waits until at most `pending` of this thread's closed groups are under way. Copies whose group is still open stay.
 inline void wait_for_copies(u32 pending) {
-    Thread& thread = *here;
+    Thread& thread = *here();
     size_t landed = 0;
     while (landed < thread.copies.size() && thread.copies[landed].group + pending < thread.copy_group) {
         land(thread.copies[landed++]);

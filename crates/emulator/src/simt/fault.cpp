@@ -14,12 +14,13 @@ namespace emulator {
 
 // Writes where the kernel is to `text`; gives the length. No allocation: signal handlers use it.
 static int describe(char* text, size_t size) {
-    if (here == nullptr) {
+    const Thread* thread = running_thread();
+    if (thread == nullptr) {
         return std::snprintf(text, size, "emulator: ");
     }
-    const Block& block = *here->block;
+    const Block& block = *thread->block;
     return std::snprintf(text, size, "emulator: kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ", block.kernel,
-                         block.index.x, block.index.y, block.index.z, here->index.x, here->index.y, here->index.z);
+                         block.index.x, block.index.y, block.index.z, thread->index.x, thread->index.y, thread->index.z);
 }
 
 [[noreturn]] static void die(Place place, const char* format, va_list arguments) {
@@ -98,7 +99,7 @@ static struct sigaction earlier[4];
 
 // Says where the kernel is, then puts the handler back that was there before: the instruction fails again, now for good.
 static void on_signal(int signal, siginfo_t* info, void*) {
-    if (here != nullptr) {
+    if (running_thread() != nullptr) {
         char text[512];
         int length = describe(text, sizeof text);
         const char* overrun = signal == SIGSEGV ? overrun_at(info->si_addr) : nullptr;

@@ -9,7 +9,6 @@
 
 namespace emulator {
 
-static const size_t STACK_BYTES = 128 * 1024;
 static const size_t COLOURS = 32;
 static const size_t COLOUR_BYTES = 128;
 
@@ -19,27 +18,29 @@ static size_t page_bytes() {
 }
 
 Stack::Stack() {
-    void* memory = mmap(nullptr, page_bytes() + STACK_BYTES, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, page_bytes(), PROT_NONE) != 0) {
+    // Twice as much, of which the part on a multiple stays.
+    void* memory = mmap(nullptr, 2 * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+    uintptr_t aligned = (start + STACK_BYTES - 1) / STACK_BYTES * STACK_BYTES;
+    memory_ = reinterpret_cast<char*>(aligned);
+    if (memory == MAP_FAILED || mprotect(memory_, page_bytes(), PROT_NONE) != 0) {
         std::perror("emulator: no memory for a thread's stack");
         std::abort();
     }
-    memory_ = static_cast<char*>(memory);
+    if (aligned != start) {
+        munmap(memory, aligned - start);
+    }
+    munmap(memory_ + STACK_BYTES, start + STACK_BYTES - aligned);
 }
 
 Stack::~Stack() {
     if (memory_ != nullptr) {
-        munmap(memory_, page_bytes() + STACK_BYTES);
+        munmap(memory_, STACK_BYTES);
     }
 }
 
 Stack::Stack(Stack&& other) noexcept : memory_(other.memory_) {
     other.memory_ = nullptr;
-}
-
-char* Stack::top() const {
-    return memory_ + page_bytes() + STACK_BYTES;
 }
 
 bool Stack::overflowed_at(const void* address) const {
@@ -48,7 +49,8 @@ bool Stack::overflowed_at(const void* address) const {
 }
 
 void prepare(Context& context, const Stack& stack, unsigned colour, void (*entry)()) {
-    char* top = stack.top() - (colour % COLOURS) * COLOUR_BYTES;
+    char* end = reinterpret_cast<char*>(stack.word()) + sizeof(void*);
+    char* top = end - 64 - (colour % COLOURS) * COLOUR_BYTES;
 #if defined(__x86_64__)
     // A function expects its stack as a call leaves it: 8 bytes off a multiple of 16.
     context.stack_pointer = top - 8;
@@ -57,8 +59,9 @@ void prepare(Context& context, const Stack& stack, unsigned colour, void (*entry
     *static_cast<void**>(context.stack_pointer) = nullptr;
 #else
     getcontext(&context.saved);
-    context.saved.uc_stack.ss_sp = top - (STACK_BYTES - COLOURS * COLOUR_BYTES);
-    context.saved.uc_stack.ss_size = STACK_BYTES - COLOURS * COLOUR_BYTES;
+    char* bottom = end - STACK_BYTES + page_bytes();
+    context.saved.uc_stack.ss_sp = bottom;
+    context.saved.uc_stack.ss_size = static_cast<size_t>(top - bottom);
     context.saved.uc_link = nullptr;
     makecontext(&context.saved, entry, 0);
 #endif

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -22,7 +23,11 @@ struct Context {
 #endif
 };
 
-// Memory for a stack, with a page below it that cannot be touched.
+// Bytes of a stack, which begins on a multiple of them: so its end, where a word of the owner's lies, is found from any address
+// in it.
+const size_t STACK_BYTES = 128 * 1024;
+
+// Memory for a stack. Its lowest page cannot be touched.
 class Stack {
   public:
     Stack();
@@ -31,9 +36,16 @@ class Stack {
     Stack(const Stack&) = delete;
     Stack& operator=(const Stack&) = delete;
 
-    char* top() const;
-    // Is `address` in the page below the stack?
+    // The word at its end.
+    void** word() const { return reinterpret_cast<void**>(memory_ + STACK_BYTES) - 1; }
+    // Is `address` in the page that cannot be touched?
     bool overflowed_at(const void* address) const;
+
+    // The word of the stack that the caller runs on, which must be one of these.
+    static __attribute__((always_inline)) void* own_word() {
+        uintptr_t inside = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+        return *reinterpret_cast<void**>((inside | (STACK_BYTES - 1)) + 1 - sizeof(void*));
+    }
 
   private:
     char* memory_;

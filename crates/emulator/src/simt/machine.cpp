@@ -15,8 +15,6 @@
 
 namespace emulator {
 
-__thread Thread* here = nullptr;
-
 static const size_t GUARD_BYTES = 64 * 1024;
 static const size_t SHARED_BYTES = (MAX_SHARED_BYTES + GUARD_BYTES - 1) / GUARD_BYTES * GUARD_BYTES;
 
@@ -47,6 +45,13 @@ static Machine& machine() {
     return of_this_thread;
 }
 
+// The machine that runs a grid on this OS thread.
+static thread_local Machine* active = nullptr;
+
+const Thread* running_thread() {
+    return active != nullptr ? active->block.running : nullptr;
+}
+
 void run_from(Thread& self, Thread* start) {
     Thread* next = start;
     while (!next->ready()) {
@@ -56,16 +61,15 @@ void run_from(Thread& self, Thread* start) {
         }
     }
     if (next != &self) {
-        here = next;
+        self.block->running = next;
         switch_context(self.context, next->context);
     }
 }
 
 void pause_thread() {
     sched_yield();
-    if (here != nullptr) {
-        run_from(*here, here->next);
-    }
+    Thread& self = *here();
+    run_from(self, self.next);
 }
 
 u64 nanoseconds() {
@@ -94,7 +98,7 @@ static void open_barrier(Block& block) {
 }
 
 u32 meet_block(Meeting kind, bool vote, Place place) {
-    Thread& self = *here;
+    Thread& self = *here();
     Block& block = *self.block;
     if (block.waiting == 0) {
         block.barrier = kind;
@@ -118,7 +122,7 @@ u32 meet_block(Meeting kind, bool vote, Place place) {
 
 // The running thread has returned from the kernel.
 [[noreturn]] static void leave() {
-    Thread& self = *here;
+    Thread& self = *here();
     Warp& warp = *self.warp;
     Block& block = *self.block;
     u32 lane = 1u << self.lane;
@@ -126,7 +130,6 @@ u32 meet_block(Meeting kind, bool vote, Place place) {
     warp.ready &= ~lane;
     block.live--;
     if (block.live == 0) {
-        here = nullptr;
         switch_context(self.context, machine().host);
     }
     // Others may have waited only for this one.
@@ -146,7 +149,7 @@ u32 meet_block(Meeting kind, bool vote, Place place) {
 }
 
 static void thread_main() {
-    Machine& m = machine();
+    const Machine& m = machine();
     m.body(m.parameters);
     leave();
 }
@@ -195,6 +198,7 @@ void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (
     while (m.threads.size() < size.count()) {
         m.stacks.emplace_back();
         m.threads.push_back(std::make_unique<Thread>());
+        *m.stacks.back().word() = m.threads.back().get();
     }
     m.body = body;
     m.parameters = parameters;
@@ -205,16 +209,18 @@ void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (
     // The end is at the area that cannot be touched.
     block.shared_bytes = (shared_bytes + 15) / 16 * 16;
     block.shared = m.shared + SHARED_BYTES - block.shared_bytes;
+    active = &m;
     for (u32 z = 0; z < grid.z; z++) {
         for (u32 y = 0; y < grid.y; y++) {
             for (u32 x = 0; x < grid.x; x++) {
                 block.index = {x, y, z};
                 begin_block(m);
-                here = block.first;
+                block.running = block.first;
                 switch_context(m.host, block.first->context);
             }
         }
     }
+    active = nullptr;
 }
 
 const char* overrun_at(const void* address) {

@@ -120,6 +120,7 @@ struct Block {
     u8* shared = nullptr;
     u32 shared_bytes = 0;
     Thread* first = nullptr;
+    Thread* running = nullptr;
     std::vector<Warp> warps;
 
     u32 live = 0;
@@ -133,9 +134,14 @@ inline bool Thread::ready() const {
     return warp->ready >> lane & 1;
 }
 
-// The thread that runs on this OS thread; null outside of kernels. Read at every use of threadIdx, so it lives in the part of
-// thread-local memory that needs no call to find (hence `__thread`, which knows no constructors).
-extern __thread Thread* here __attribute__((tls_model("initial-exec")));
+// The thread that calls this, which must be one of a kernel. Asked at every use of threadIdx, so it takes no thread-local
+// variable but the word at the end of the thread's stack.
+inline __attribute__((always_inline)) Thread* here() {
+    return static_cast<Thread*>(Stack::own_word());
+}
+
+// The kernel's thread that runs on this OS thread, null if there is none. For callers that may be anywhere.
+const Thread* running_thread();
 
 // Waits until all threads of the warp that are named in `mask` and have not returned called this; does what `kind` says with
 // what they left in the warp.

@@ -96,7 +96,7 @@ static WarpMeeting& find_meeting(Warp& warp, u32 mask) {
 }
 
 void meet_warp(Meeting kind, u32 mask, Place place) {
-    Thread& self = *here;
+    Thread& self = *here();
     Warp& warp = *self.warp;
     u32 lane = 1u << self.lane;
     if (!(mask & lane)) {

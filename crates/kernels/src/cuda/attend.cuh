@@ -114,28 +114,12 @@ template <i32 D> struct Queries {
         }
     }
 
-    // Of rows first..first + 15 of the slice; rows that it does not have are zeros.
-    __device__ __forceinline__ void load(const Attention& attention, const SliceUnit& slice, i32 first, i32 lane) {
-        i32 row = first + lane / 4;
-        i32 rows = slice.tokens * attention.group;
+    // Of the lane's two rows.
+    __device__ __forceinline__ void load(const u16* low_row, const u16* high_row, i32 lane) {
 #pragma unroll
         for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-            low[chunk] = make_uint4(0, 0, 0, 0);
-            high[chunk] = make_uint4(0, 0, 0, 0);
-        }
-        if (row < rows) {
-            const u16* q = attention.q + slice.place<D>(row, attention);
-#pragma unroll
-            for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-                low[chunk] = piece(q, chunk, lane % 4);
-            }
-        }
-        if (row + 8 < rows) {
-            const u16* q = attention.q + slice.place<D>(row + 8, attention);
-#pragma unroll
-            for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-                high[chunk] = piece(q, chunk, lane % 4);
-            }
+            low[chunk] = piece(low_row, chunk, lane % 4);
+            high[chunk] = piece(high_row, chunk, lane % 4);
         }
     }
 };

@@ -16,8 +16,11 @@
 
 static constexpr i32 WARPS = 4;
 static constexpr i32 THREADS = 32 * WARPS;
-static constexpr i32 STAGES = 3;
+static constexpr i32 TILES = 3;
 static constexpr u32 NO_SLICE = 0xffffffffu;
+
+// Pieces of a tile that a thread copies.
+template <i32 D> static constexpr i32 COPIES = BLOCK_KEYS * D / 8 / THREADS;
 
 // A tile in shared memory is rows of pieces of 16 bytes: K is [64][D / 8], V transposed [D][8]. A warp reads a *quarter* c, pieces
 // 4c..4c+3, of rows in pairs (even, odd) at once; in odd rows quarters 2i and 2i+1 change places, so that the pair falls
@@ -26,49 +29,29 @@ template <i32 ROW_PIECES> static __device__ __forceinline__ i32 swizzled(i32 row
     return 8 * (row * ROW_PIECES + (ROW_PIECES >= 8 ? piece ^ (row % 2 * 4) : piece));
 }
 
-// The ring, and what a thread knows of it.
-template <i32 D> struct Ring {
-    static constexpr i32 ELEMENTS = BLOCK_KEYS * D;
-
-    u16* tiles;
-    i32 filling;  // the stage that is filled next
-    i32 reading;  // and the one that is read next
-
-    __device__ __forceinline__ u16* next(i32& stage) {
-        u16* tile = tiles + stage * ELEMENTS;
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        return tile;
-    }
-
-    // Begins to copy a block's keys, of which `count` (perhaps none or less) are wanted; the others become zeros.
-    __device__ __forceinline__ void fill_keys(const u16* keys, i32 count) {
-        i32 row = static_cast<i32>(threadIdx.x) / (D / 8);
-        u16* to = next(filling) + swizzled<D / 8>(row, static_cast<i32>(threadIdx.x) % (D / 8));
-        const u16* from = keys + 8 * threadIdx.x;
+// Begins to copy a block's keys, of which `count` (perhaps none or less) are wanted; the others become zeros.
+template <i32 D> static __device__ __forceinline__ void copy_keys(u16* tile, const u16* keys, i32 count) {
+    i32 row = static_cast<i32>(threadIdx.x) / (D / 8);
+    u16* to = tile + swizzled<D / 8>(row, static_cast<i32>(threadIdx.x) % (D / 8));
+    const u16* from = keys + 8 * threadIdx.x;
 #pragma unroll
-        for (i32 i = 0; i < ELEMENTS / 8 / THREADS; i++) {
-            cp_async16(to + i * 8 * THREADS, from + i * 8 * THREADS, row + i * THREADS / (D / 8) < count);
-        }
-        cp_async_commit();
+    for (i32 i = 0; i < COPIES<D>; i++) {
+        cp_async16(to + i * 8 * THREADS, from + i * 8 * THREADS, row + i * THREADS / (D / 8) < count);
     }
+    cp_async_commit();
+}
 
-    // Likewise, values; whole pieces.
-    __device__ __forceinline__ void fill_values(const u16* values, i32 count) {
-        i32 piece = static_cast<i32>(threadIdx.x) % 8;
-        u16* to = next(filling) + swizzled<8>(static_cast<i32>(threadIdx.x) / 8, piece);
-        const u16* from = values + 8 * threadIdx.x;
+// Likewise, values; whole pieces.
+template <i32 D> static __device__ __forceinline__ void copy_values(u16* tile, const u16* values, i32 count) {
+    i32 piece = static_cast<i32>(threadIdx.x) % 8;
+    u16* to = tile + swizzled<8>(static_cast<i32>(threadIdx.x) / 8, piece);
+    const u16* from = values + 8 * threadIdx.x;
 #pragma unroll
-        for (i32 i = 0; i < ELEMENTS / 8 / THREADS; i++) {
-            cp_async16(to + i * 8 * THREADS, from + i * 8 * THREADS, 8 * piece < count);
-        }
-        cp_async_commit();
+    for (i32 i = 0; i < COPIES<D>; i++) {
+        cp_async16(to + i * 8 * THREADS, from + i * 8 * THREADS, 8 * piece < count);
     }
-
-    // The oldest tile that was not taken yet. It is there after cp_async_wait and __syncthreads.
-    __device__ __forceinline__ u16* take() {
-        return next(reading);
-    }
-};
+    cp_async_commit();
+}
 
 // Where the wanted values end inside a piece, makes zeros of its rest: of this thread's own pieces, which have landed.
 template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, i32 count) {
@@ -77,7 +60,7 @@ template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, 
     if (count > 0 && count < 8) {
         u16* own = tile + swizzled<8>(static_cast<i32>(threadIdx.x) / 8, piece);
 #pragma unroll 1
-        for (i32 i = 0; i < Ring<D>::ELEMENTS / 8 / THREADS; i++) {
+        for (i32 i = 0; i < COPIES<D>; i++) {
             store16(own, keep_first(load16(own), count));
             own += 8 * THREADS;
         }
@@ -142,6 +125,24 @@ static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], cons
     }
 }
 
+// Writes one of the lane's two rows, if the slice has it.
+template <i32 D, i32 HIGH>
+static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, u32 first_row, const float4* total,
+                                                 float factor, u16* out) {
+    i32 row = static_cast<i32>(first_row + threadIdx.x / 32 * TILE_ROWS + threadIdx.x % 32 / 4) + 8 * HIGH;
+    if (row >= slice.tokens * attention.group) {
+        return;
+    }
+    u16* to = out + slice.place<D>(row, attention) + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (i32 i = 0; i < D / 8; i++) {
+        float4 o = total[i * THREADS];
+        float even = normalised(HIGH ? o.z : o.x, factor);
+        float odd = normalised(HIGH ? o.w : o.y, factor);
+        *reinterpret_cast<u32*>(to + 8 * i) = pack_bf16x2(even, odd);
+    }
+}
+
 template <i32 D>
 static __device__ __forceinline__ void attend_long(const Attention& attention, const uint2* tiles, float scale, u16* out) {
     uint2 work = tiles[blockIdx.x];
@@ -162,13 +163,19 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     // The block that has key `first`, or one that exists where none has: then no key of it is wanted.
     auto block = [&](i32 first) { return keys_of<D>(attention, slice.table[min(first, keys - 1) / BLOCK_KEYS], unit); };
 
-    Ring<D> ring = {dynamic_shared<u16>(), 0, 0};
-    ring.fill_keys(block(0), keys);
+    // The tiles of a sub-span: K₀ in place 0, K₁ in 1, V₀ in 2, V₁ in 0 again, and the next K₀ in 1.
+    i32 turn = 0;
+    auto tile = [&](i32 place) {
+        i32 index = turn + place;
+        return dynamic_shared<u16>() + (index < TILES ? index : index - TILES) * (BLOCK_KEYS * D);
+    };
+    copy_keys<D>(tile(0), block(0), keys);
 
-    Queries<D> queries;
-    queries.load(attention, slice, first_row, lane);
+    // A row that the slice does not have is another one, that sees nothing.
+    const u16* q_low = attention.q + slice.place<D>(min(first_row + lane / 4, rows - 1), attention);
+    const u16* q_high = attention.q + slice.place<D>(min(first_row + lane / 4 + 8, rows - 1), attention);
     // The total outputs: of each tile of 8 columns, this thread's four numbers side by side.
-    float4* total = dynamic_shared<float4>() + STAGES * Ring<D>::ELEMENTS / 8 + threadIdx.x;
+    float4* total = dynamic_shared<float4>() + TILES * BLOCK_KEYS * D / 8 + threadIdx.x;
 #pragma unroll
     for (i32 i = 0; i < D / 8; i++) {
         total[i * THREADS] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -181,40 +188,35 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
 #pragma unroll 1
     for (i32 first = 0; first < keys; first += SUB_SPAN_KEYS) {
         i32 left = keys - first;
+        // Read each time, from L1 mostly: registers are scarcest with the values.
+        Queries<D> queries;
+        queries.load(q_low, q_high, lane);
         Scores scores;
         clear(scores.tile);
         cp_async_wait<0>();
         __syncthreads();
-        ring.fill_keys(block(first + BLOCK_KEYS), left - BLOCK_KEYS);
-        ring.fill_values(block(first) + BLOCK_KEYS * D, left);
-        const u16* tile = ring.take();
+        copy_keys<D>(tile(1), block(first + BLOCK_KEYS), left - BLOCK_KEYS);
+        copy_values<D>(tile(2), block(first) + BLOCK_KEYS * D, left);
         if (first < warp_keys) {
-            score_block<D>(scores, queries, tile, 0, lane);
+            score_block<D>(scores, queries, tile(0), 0, lane);
         }
-
         cp_async_wait<1>();
         __syncthreads();
-        ring.fill_values(block(first + BLOCK_KEYS) + BLOCK_KEYS * D, left - BLOCK_KEYS);
-        tile = ring.take();
-        if (first + BLOCK_KEYS < warp_keys) {
-            score_block<D>(scores, queries, tile, 1, lane);
-        }
-
+        copy_values<D>(tile(0), block(first + BLOCK_KEYS) + BLOCK_KEYS * D, left - BLOCK_KEYS);
+        score_block<D>(scores, queries, tile(1), 1, lane);
         hide_keys(scores, seen_low - first, seen_high - first, lane);
         Weights weights;
         State low, high;
         softmax(scores, exponent, weights, low, high);
         Fold fold_low = fold_states(span_low, low, exponent);
         Fold fold_high = fold_states(span_high, high, exponent);
-
-        u16* values0 = ring.take();
-        u16* values1 = ring.take();
         cp_async_wait<0>();
-        clear_values<D>(values0, left);
-        clear_values<D>(values1, left - BLOCK_KEYS);
+        clear_values<D>(tile(2), left);
+        clear_values<D>(tile(0), left - BLOCK_KEYS);
         __syncthreads();
-        ring.fill_keys(block(first + SUB_SPAN_KEYS), left - SUB_SPAN_KEYS);
-        fold_values<D>(span_o, weights, values0, values1, fold_low, fold_high, lane);
+        copy_keys<D>(tile(1), block(first + SUB_SPAN_KEYS), left - SUB_SPAN_KEYS);
+        fold_values<D>(span_o, weights, tile(2), tile(0), fold_low, fold_high, lane);
+        turn = turn + 1 < TILES ? turn + 1 : 0;
 
         if ((first + SUB_SPAN_KEYS) % SPAN_KEYS == 0 || left <= SUB_SPAN_KEYS) {
             fold_low = fold_states(total_low, span_low, exponent);
@@ -234,22 +236,11 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     }
     cp_async_wait<0>();
 
-    float factor_low = normaliser(total_low), factor_high = normaliser(total_high);
-#pragma unroll
-    for (i32 half = 0; half < 2; half++) {
-        i32 row = first_row + lane / 4 + 8 * half;
-        float factor = half == 0 ? factor_low : factor_high;
-        if (row < rows) {
-            u16* to = out + slice.place<D>(row, attention) + 2 * (lane % 4);
-#pragma unroll
-            for (i32 i = 0; i < D / 8; i++) {
-                float4 o = total[i * THREADS];
-                float even = normalised(half == 0 ? o.x : o.z, factor);
-                float odd = normalised(half == 0 ? o.y : o.w, factor);
-                *reinterpret_cast<u32*>(to + 8 * i) = pack_bf16x2(even, odd);
-            }
-        }
-    }
+    // Read again: registers are scarce above.
+    work = tiles[blockIdx.x];
+    slice = SliceUnit::at(attention, work.x, unit);
+    write_row<D, 0>(attention, slice, work.y, total, normaliser(total_low), out);
+    write_row<D, 1>(attention, slice, work.y, total, normaliser(total_high), out);
 }
 
 #define ATTEND_LONG(D)                                                                                     \

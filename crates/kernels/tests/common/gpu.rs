@@ -3,7 +3,8 @@
 use std::env;
 use std::sync::OnceLock;
 
-use kernels::{Cuda, CudaOptions, cuda};
+use kernels::cuda::{self, Store};
+use kernels::{Cuda, CudaOptions};
 
 use super::Device;
 
@@ -36,7 +37,10 @@ pub(crate) fn present() -> bool {
 
 /// A GPU whose every allocation has a guard behind it.
 pub(crate) fn open(deterministic: bool) -> Cuda {
-    Cuda::open(CudaOptions { deterministic, separate_allocations: true, ..CudaOptions::default() }).unwrap()
+    let options = CudaOptions { deterministic, separate_allocations: true, ..CudaOptions::default() };
+    // What the emulator's compiler makes must not come into the user's cache.
+    let store = if env::var_os(REAL_VARIABLE).is_some() { Store::from_env() } else { Store::none() };
+    Cuda::with_kernels(options, &store).unwrap()
 }
 
 impl Device for Cuda {
