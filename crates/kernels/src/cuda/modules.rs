@@ -293,8 +293,12 @@ mod tests {
         let cache = Store { given: None, cache: Some(folder.clone()) };
         let given = Store { given: Some(folder.clone()), cache: None };
         let load = |store| {
-            let compiler = LazyLock::new(|| Err(CompileError::NoCompiler));
-            let loader = Loader { store, arch: Arch::Sm80, compiler, warning: OnceLock::new() };
+            let loader = Loader {
+                store,
+                arch: Arch::Sm80,
+                compiler: LazyLock::new(|| Err(CompileError::NoCompiler)),
+                warning: OnceLock::new(),
+            };
             loader.load(&SOURCES[0]).map(|module| (module.origin, module.image))
         };
         assert_eq!(load(&cache), Err(CompileError::NoCompiler));
