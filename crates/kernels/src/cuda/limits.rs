@@ -6,9 +6,9 @@ use super::usage::KernelUsage;
 const REGISTERS: &[(&str, u32)] = &[
     ("add_rms_norm", 40),
     ("attend_long_d128", 256),
-    ("attend_long_d16", 152),
-    ("attend_long_d32", 168),
-    ("attend_long_d64", 224),
+    ("attend_long_d16", 160),
+    ("attend_long_d32", 176),
+    ("attend_long_d64", 200),
     ("attend_merge_d128", 128),
     ("attend_merge_d16", 128),
     ("attend_merge_d32", 128),
