@@ -208,7 +208,7 @@ mod tests {
             [&Synthesis::default(), &llama, &other].map(|options| Model::with(tiny(), options));
         let read = |model: &Model, tensor| {
             let checkpoint = model.open().unwrap();
-            let [rows, cols] = checkpoint.shape(tensor).unwrap();
+            let [rows, cols] = checkpoint.shape(tensor);
             checkpoint.read(tensor, 0..rows, 0..cols).unwrap()
         };
         assert!(same.file("model-00021-of-00021.safetensors").exists());
