@@ -1,7 +1,5 @@
 //! Weights quantised in groups along k, in the neutral form that a loader hands to a backend.
 
-use half::bf16;
-
 use crate::{DType, Error, Result, RowBlock, SourceType};
 
 /// Rows of a weight quantised in groups: element `[row][col]` stands for `(value − zero) · scale`, with the zero point and the
@@ -22,7 +20,7 @@ pub struct QuantizedBlock<'a> {
     pub cols: usize,
     /// `[rows][cols]`, each below 2^bits.
     pub values: &'a [u8],
-    /// `[rows][groups]`
+    /// `[rows][groups]`, all finite.
     pub scales: &'a [f32],
     /// `[rows][groups]`, each below 2^bits.
     pub zeros: &'a [u8],
@@ -40,20 +38,24 @@ impl QuantizedBlock<'_> {
     /// [`Error::Shape`] where sizes do not fit together.
     pub fn dequantize(&self, dtype: DType) -> Result<Vec<u8>> {
         self.check()?;
-        let (cols, size) = (self.cols.max(1), dtype.size());
-        let mut bytes = vec![0; self.values.len() * size];
-        let outputs = bytes.chunks_mut(cols * size).flat_map(|row| row.chunks_mut(self.group_size * size));
+        Ok(match dtype {
+            DType::F32 => self.elements(f32::to_le_bytes),
+            DType::Bf16 => self.elements(|x| bf16_bits(x).to_le_bytes()),
+        })
+    }
+
+    /// Every element, each of N bytes.
+    fn elements<const N: usize>(&self, bytes_of: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+        let cols = self.cols.max(1);
+        let mut bytes = vec![[0; N]; self.values.len()];
+        let outputs = bytes.chunks_mut(cols).flat_map(|row| row.chunks_mut(self.group_size));
         let groups = self.values.chunks(cols).flat_map(|row| row.chunks(self.group_size));
         for (((out, values), &scale), &zero) in outputs.zip(groups).zip(self.scales).zip(self.zeros) {
-            let element = |value: u8| f32::from(i16::from(value) - i16::from(zero)) * scale;
-            for (out, &value) in out.chunks_exact_mut(size).zip(values) {
-                match dtype {
-                    DType::F32 => out.copy_from_slice(&element(value).to_le_bytes()),
-                    DType::Bf16 => out.copy_from_slice(&bf16::from_f32(element(value)).to_le_bytes()),
-                }
+            for (out, &value) in out.iter_mut().zip(values) {
+                *out = bytes_of(f32::from(i16::from(value) - i16::from(zero)) * scale);
             }
         }
-        Ok(bytes)
+        bytes.into_flattened()
     }
 
     fn check(&self) -> Result<()> {
@@ -71,10 +73,17 @@ impl QuantizedBlock<'_> {
                 format!("{found} {name} for {} rows of {of_row}", self.rows)
             })?;
         }
+        require(self.scales.iter().all(|scale| scale.is_finite()), &|| "a scale that is not finite".into())?;
         let limit = u8::MAX >> (8 - self.bits);
         let above = |bytes: &[u8]| bytes.iter().fold(0, |most, &byte| most.max(byte)) > limit;
         require(!above(self.values) && !above(self.zeros), &|| format!("a value above {limit}"))
     }
+}
+
+/// A number that is not NaN in bf16, rounded to nearest even: what `half` does, but without a branch, so that it becomes vector code.
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// Checks blocks that are to be stacked: each by itself, and all of one width, group size and number of bits. Returns (n, k).
@@ -118,6 +127,8 @@ pub(crate) fn dequantized<M>(
 mod tests {
     use super::*;
     use crate::{Backend, Cpu, Oracle};
+    use half::bf16;
+    use proptest::prelude::*;
 
     const VALUES: [u8; 10] = [0, 15, 8, 7, 1, 2, 3, 4, 5, 6];
     const SCALES: [f32; 6] = [0.5, 2.0, 0.0, 1.0, -1.0, 0.25];
@@ -187,6 +198,7 @@ mod tests {
             (QuantizedBlock { rows: 3, ..BLOCK }, "10 values for 3 rows of 5"),
             (QuantizedBlock { rows: usize::MAX, ..BLOCK }, "values"),
             (QuantizedBlock { zeros: &ZEROS[1..], ..BLOCK }, "5 zeros"),
+            (QuantizedBlock { scales: &[f32::NAN; 6], ..BLOCK }, "not finite"),
             (QuantizedBlock { zeros: &[16; 6], ..BLOCK }, "above 15"),
             (QuantizedBlock { values: &[16; 10], ..BLOCK }, "above 15"),
         ];
@@ -199,5 +211,14 @@ mod tests {
         let message =
             Oracle::default().quantized_matrix(&[BLOCK, other], DType::F32).unwrap_err().to_string();
         assert!(message.contains("several"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn rounding_is_to_nearest_even(bits: u32) {
+            let x = f32::from_bits(bits);
+            prop_assume!(!x.is_nan());
+            prop_assert_eq!(bf16_bits(x), bf16::from_f32(x).to_bits());
+        }
     }
 }

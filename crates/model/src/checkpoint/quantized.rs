@@ -111,6 +111,13 @@ impl Checkpoint {
             &of_runs(&|run| words(quantization, run)),
         )?;
         let scales = self.read_numbers((tensor, QuantizedPart::Scales), of_groups, runs)?;
+        if scales.iter().flatten().any(|scale| !scale.is_finite()) {
+            return Err(self.refuse(
+                tensor,
+                QuantizedPart::Scales,
+                "has a scale that is not a finite number",
+            ));
+        }
         let slices = values.into_iter().zip(zeros).zip(scales).zip(runs);
         Ok(slices
             .map(|(((values, zeros), scales), rows)| PackedSlice {
@@ -132,33 +139,39 @@ impl Checkpoint {
         quantization: Quantization,
     ) -> Result<(), CheckpointError> {
         let [rows, cols] = self.shape(tensor);
-        let refuse = |part, detail: &str| {
-            let path =
-                self.packed.part(tensor, part).map(|(place, _)| self.weights.files[place.file].path.clone());
-            Err(CheckpointError::Entry {
-                path: path.unwrap_or_else(|| self.weights.dir.clone()),
-                tensor: tensor.part_name(part),
-                detail: detail.to_owned(),
-            })
-        };
         if self.packed.part(tensor, QuantizedPart::GroupIndex).is_some() {
             let groups =
                 self.read_words((tensor, QuantizedPart::GroupIndex), 0..1, slice::from_ref(&(0..cols)))?;
             let size = quantization.group_of(cols);
             if groups.iter().flatten().enumerate().any(|(column, &group)| group as usize != column / size) {
-                return refuse(
+                return Err(self.refuse(
+                    tensor,
                     QuantizedPart::GroupIndex,
                     "gives columns to groups out of order: checkpoints quantised with desc_act (act-order) are not supported",
-                );
+                ));
             }
         }
         if self.packed.part(tensor, QuantizedPart::Bias).is_some() {
             let bias = self.read_numbers((tensor, QuantizedPart::Bias), 0..1, slice::from_ref(&(0..rows)))?;
             if bias.iter().flatten().any(|&number| number != 0.0) {
-                return refuse(QuantizedPart::Bias, "is not all zeros: biases are not supported");
+                return Err(self.refuse(
+                    tensor,
+                    QuantizedPart::Bias,
+                    "is not all zeros: biases are not supported",
+                ));
             }
         }
         Ok(())
+    }
+
+    /// That a part has contents that cannot be served.
+    fn refuse(&self, tensor: Tensor, part: QuantizedPart, detail: &str) -> CheckpointError {
+        let path = self.packed.part(tensor, part).map(|(place, _)| &self.weights.files[place.file].path);
+        CheckpointError::Entry {
+            path: path.unwrap_or(&self.weights.dir).clone(),
+            tensor: tensor.part_name(part),
+            detail: detail.to_owned(),
+        }
     }
 
     fn read_words(
@@ -200,7 +213,7 @@ impl Checkpoint {
 }
 
 /// The dimensions that a part is stored with: see `unpack`.
-fn stored_shape(
+pub(super) fn stored_shape(
     tensor: Tensor,
     part: QuantizedPart,
     config: &Config,
@@ -217,3 +230,6 @@ fn stored_shape(
         (QuantizedPart::Bias, _) => vec![rows],
     }
 }
+
+#[cfg(test)]
+mod tests;

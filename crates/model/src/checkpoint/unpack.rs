@@ -120,33 +120,35 @@ impl PackedSlice {
 
     /// `[rows][cols]`
     fn unpack_values(&self) -> Vec<u8> {
-        let (bits, per_word) = (self.quantization.bits, self.quantization.per_word());
+        let (bits, per_word, mask) = (self.quantization.bits, self.quantization.per_word(), self.mask());
         let (_, words) = words_of_values(self.quantization, &self.rows, &self.cols);
-        let (width, mask) = (words.len(), self.mask());
-        match self.quantization.layout {
-            Layout::Awq => self.fill(|row, column| {
-                let word = (column - self.cols.start) * width + row / per_word - words.start;
-                ((self.values[word] >> (AWQ_PLACES[row % per_word] * bits)) & mask) as u8
-            }),
-            Layout::Gptq | Layout::GptqV2 => {
-                let first = self.cols.start / per_word;
-                self.fill(|row, column| {
-                    let word = (column / per_word - first) * width + row - self.rows.start;
-                    ((self.values[word] >> (column % per_word * bits)) & mask) as u8
-                })
-            }
-        }
-    }
-
-    /// Calls `value` for every row and column of the whole matrix that is in the slice.
-    fn fill(&self, value: impl Fn(usize, usize) -> u8) -> Vec<u8> {
-        let width = self.cols.len();
-        let mut values = vec![0; self.rows.len() * width];
-        for first in (0..width).step_by(TILE) {
-            let tile = first..width.min(first + TILE);
-            for (row, out) in self.rows.clone().zip(values.chunks_exact_mut(width.max(1))) {
-                for (out, column) in out[tile.clone()].iter_mut().zip(self.cols.start + first..) {
-                    *out = value(row, column);
+        let (width, cols) = (words.len().max(1), self.cols.len());
+        let mut values = vec![0; self.rows.len() * cols];
+        for first in (0..cols).step_by(TILE) {
+            let tile = first..cols.min(first + TILE);
+            for (row, out) in self.rows.clone().zip(values.chunks_exact_mut(cols)) {
+                let out = &mut out[tile.clone()];
+                match self.quantization.layout {
+                    // A row's values are in words below each other, each in the same place.
+                    Layout::Awq => {
+                        let shift = AWQ_PLACES[row % per_word] * bits;
+                        let column = self.values[first * width + row / per_word - words.start..].iter();
+                        for (out, word) in out.iter_mut().zip(column.step_by(width)) {
+                            *out = ((word >> shift) & mask) as u8;
+                        }
+                    }
+                    // Here the words have all their values in the row; those of the first one may begin before the tile.
+                    Layout::Gptq | Layout::GptqV2 => {
+                        let start = self.cols.start + first;
+                        let first_word = start / per_word - self.cols.start / per_word;
+                        let column =
+                            self.values[first_word * width + row - words.start..].iter().step_by(width);
+                        let of_word = |&word: &u32| {
+                            (0..per_word).map(move |place| ((word >> (place * bits)) & mask) as u8)
+                        };
+                        let row = column.flat_map(of_word).skip(start % per_word);
+                        out.iter_mut().zip(row).for_each(|(out, value)| *out = value);
+                    }
                 }
             }
         }
