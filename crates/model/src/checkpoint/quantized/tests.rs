@@ -45,7 +45,7 @@ fn numbers(checkpoint: &Checkpoint, tensor: Tensor, rows: Range<usize>, cols: Ra
     let slices = checkpoint.read_quantized(tensor, slice::from_ref(&rows), cols.clone()).unwrap();
     let size = slices[0].group_size();
     // A size that fits, though not always the largest.
-    let size = if cols.start % size == 0 { size } else { 1 << cols.start.trailing_zeros().min(5) };
+    let size = if cols.start.is_multiple_of(size) { size } else { 1 << cols.start.trailing_zeros().min(5) };
     let bytes = slices[0].unpack(size).block().dequantize(DType::F32).unwrap();
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
