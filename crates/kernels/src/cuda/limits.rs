@@ -47,6 +47,8 @@ const REGISTERS: &[(&str, u32)] = &[
     ("gemv_partials_int8", 128),
     ("pack_bf16", 24),
     ("rms_norm", 40),
+    ("rope_table", 24),
+    ("rope_write_kv", 48),
     ("sample", 64),
     ("silu_mul", 24),
 ];
