@@ -13,7 +13,14 @@ use model::{ModelOptions, ModelSource, SAMPLING_RANK};
 
 /// Options for a test: room for `tokens` tokens of one sequence is enough for every golden prompt.
 pub fn options(dtype: DType) -> ModelOptions {
-    ModelOptions { dtype, kv_dtype: dtype, max_context: None, kv_memory: Some(64 << 20), progress: false }
+    ModelOptions {
+        dtype,
+        kv_dtype: dtype,
+        max_context: None,
+        kv_memory: Some(64 << 20),
+        step_rows: None,
+        progress: false,
+    }
 }
 
 /// Runs `plans` on `width` ranks and returns the logits of every sampled row, in order.
