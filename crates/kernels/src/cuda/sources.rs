@@ -20,11 +20,13 @@ pub const SOURCES: &[Source] = &[
     source!("attend_long.cu"),
     source!("attend_merge.cu"),
     source!("attend_short.cu"),
+    source!("columns.cu"),
     source!("elementwise.cu"),
     source!("fold.cu"),
     source!("gemm.cu"),
     source!("gemv.cu"),
     source!("norm.cu"),
+    source!("one_shot.cu"),
     source!("pack.cu"),
     source!("sample.cu"),
 ];
