@@ -37,8 +37,10 @@ pub(crate) struct Compiler {
     command: Vec<String>,
     include: Vec<PathBuf>,
     folder: PathBuf,
-    /// Of the compiler, the processor, the flags and all headers.
-    environment: Vec<u8>,
+    /// Hash of the compiler, the processor, the flags and the emulator's headers.
+    plain: Vec<u8>,
+    /// Likewise, with the kernels' headers.
+    simt: Vec<u8>,
 }
 
 /// Which kind of file an object was made from.
@@ -50,8 +52,8 @@ enum Kind {
 }
 
 impl Compiler {
-    /// `$CXX` or `c++`, to work in `folder` with headers from the `include` folders.
-    pub(crate) fn find(include: &[PathBuf], folder: &Path) -> Result<Self, Absent> {
+    /// `$CXX` or `c++`, to work in `folder`, with the headers of the emulator in `src` and those of the kernels.
+    pub(crate) fn find(src: &Path, kernels: &Path, folder: &Path) -> Result<Self, Absent> {
         let name = env::var("CXX").unwrap_or_else(|_| "c++".into());
         let command: Vec<String> = name.split_whitespace().map(str::to_owned).collect();
         let Some(program) = command.first() else { return Err(Absent(name)) };
@@ -62,15 +64,14 @@ impl Compiler {
         let mut hash = Sha256::new();
         hash.update(succeeded(&ask, macros).stdout);
         hash.update(FLAGS.join(" "));
-        for dir in include.iter().flat_map(|dir| [dir.clone(), dir.join("simt"), dir.join("driver")]) {
-            for header in ["h", "cuh"].into_iter().filter(|_| dir.is_dir()).flat_map(|e| files(&dir, e)) {
-                hash.update(header.as_os_str().as_encoded_bytes());
-                hash.update(read(&header));
-            }
-        }
+        let folders = [src.to_owned(), src.join("simt"), src.join("driver")];
+        hash_files(&mut hash, folders.iter().flat_map(|folder| files(folder, "h")));
+        let plain = hash.clone().finalize().to_vec();
+        hash_files(&mut hash, files(kernels, "cuh"));
+        let simt = hash.finalize().to_vec();
         fs::create_dir_all(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-        let environment = hash.finalize().to_vec();
-        Ok(Self { command, include: include.to_vec(), folder: folder.to_owned(), environment })
+        let include = vec![src.to_owned(), kernels.to_owned()];
+        Ok(Self { command, include, folder: folder.to_owned(), plain, simt })
     }
 
     /// The folder with the three libraries of the emulator's `sources` and the `kernels`.
@@ -123,14 +124,15 @@ impl Compiler {
     /// The objects of these sources, in their order.
     fn objects(&self, sources: &[PathBuf]) -> Vec<PathBuf> {
         let objects: Vec<PathBuf> = sources.iter().map(|source| self.object_path(source)).collect();
+        let pairs: Vec<_> = sources.iter().zip(&objects).collect();
         let next = AtomicUsize::new(0);
         // Else the first panic would be followed by that of the scope, which says nothing.
         let failure = Mutex::new(None);
         thread::scope(|scope| {
             for _ in 0..AT_A_TIME {
                 scope.spawn(|| {
-                    while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if let Err(words) = self.compile(source, &self.object_path(source)) {
+                    while let Some((source, object)) = pairs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if let Err(words) = self.compile(source, object) {
                             *failure.lock().expect("no thread panicked") = Some(words);
                         }
                     }
@@ -145,9 +147,11 @@ impl Compiler {
 
     fn object_path(&self, source: &Path) -> PathBuf {
         let mut hash = Sha256::new();
-        hash.update(&self.environment);
-        hash.update(source.as_os_str().as_encoded_bytes());
-        hash.update(read(source));
+        hash.update(match kind(source) {
+            Kind::Plain => &self.plain,
+            Kind::Simt => &self.simt,
+        });
+        hash_files(&mut hash, [source.to_owned()]);
         let stem = source.file_stem().expect("a file").to_string_lossy();
         self.folder.join(format!("{stem}-{}.o", hex(&hash.finalize())))
     }
@@ -213,8 +217,11 @@ fn failed(command: &Command, output: &Output) -> String {
     format!("{command:?} failed:\n{}", String::from_utf8_lossy(&output.stderr))
 }
 
-fn read(path: &Path) -> Vec<u8> {
-    fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+fn hash_files(hash: &mut Sha256, paths: impl IntoIterator<Item = PathBuf>) {
+    for path in paths {
+        hash.update(path.as_os_str().as_encoded_bytes());
+        hash.update(fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+    }
 }
 
 /// A name for what is made of these objects, whose own names tell what they are made of.

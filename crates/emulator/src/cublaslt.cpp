@@ -1,4 +1,5 @@
-// libcublasLt for the emulator: one plain matrix multiplication, f32 sums in ascending k, on the stream of the emulated driver.
+// libcublasLt for the emulator: one plain matrix multiplication, f32 sums in ascending k, on the stream of the emulated
+// driver.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -298,9 +299,10 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(Library* library, const Operation* ope
     return SUCCESS;
 }
 
-EXPORT int cublasLtMatmul(Library* library, const Operation* operation, const void* alpha, const void* a, const Layout* a_layout,
-                          const void* b, const Layout* b_layout, const void* beta, const void* c, const Layout* c_layout, void* d,
-                          const Layout* d_layout, const Algorithm* algorithm, void*, size_t, CUstream stream) {
+EXPORT int cublasLtMatmul(Library* library, const Operation* operation, const void* alpha, const void* a,
+                          const Layout* a_layout, const void* b, const Layout* b_layout, const void* beta, const void* c,
+                          const Layout* c_layout, void* d, const Layout* d_layout, const Algorithm* algorithm, void*,
+                          size_t, CUstream stream) {
     if (!handles<Library>().knows(library)) {
         return NOT_INITIALIZED;
     }

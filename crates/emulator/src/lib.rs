@@ -51,7 +51,7 @@ pub fn program(name: &str, test_sources: &[&str]) -> Result<PathBuf, Absent> {
 }
 
 fn compiler() -> Result<Compiler, Absent> {
-    let found = Compiler::find(&[home().join("src"), kernel_folder()], &target());
+    let found = Compiler::find(&home().join("src"), &kernel_folder(), &target());
     if let Err(absent) = &found {
         assert!(env::var("PHALANX_REQUIRE_EMULATOR").as_deref() != Ok("1"), "{absent}");
     }
@@ -66,11 +66,10 @@ fn kernel_folder() -> PathBuf {
     home().join("../kernels/src/cuda")
 }
 
-/// Where cargo puts what it builds.
+/// Where cargo puts what it builds; a relative path is one from the workspace.
 fn target() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| home().join("../../target"), PathBuf::from)
-        .join("emulator")
+    let chosen = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    home().join("../..").join(chosen).join("emulator")
 }
 
 /// The emulator's own sources.

@@ -1,5 +1,5 @@
-// libnvrtc for the emulator: takes sources, checks what can be checked without a compiler (the emulator's build compiles the same
-// sources), and gives an image that the emulated driver loads.
+// libnvrtc for the emulator: takes sources, checks what can be checked without a compiler (the emulator's build compiles
+// the same sources), and gives an image that the emulated driver loads.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

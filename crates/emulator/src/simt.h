@@ -1,5 +1,5 @@
-// CUDA C++ for g++: included before every kernel source when it is compiled for the emulator (-DPHALANX_EMULATOR). It gives the
-// words of the language, the built-in variables and functions, and the first half of device.cuh.
+// CUDA C++ for g++: included before every kernel source when it is compiled for the emulator (-DPHALANX_EMULATOR). It gives
+// the words of the language, the built-in variables and functions, and the first half of device.cuh.
 #pragma once
 
 #include <math.h>

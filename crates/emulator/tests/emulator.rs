@@ -71,6 +71,16 @@ fn the_driver_answers_as_a_real_one() {
 }
 
 #[test]
+fn kernels_do_not_write_behind_an_allocation() {
+    let Some(program) = program("driver") else { return };
+    let output = run(&program, &["overrun"], &[("PHALANX_EMULATOR_DEVICES", "2")]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let words = "kernel wrong_address, block (0, 0, 0), thread (5, 0, 0): signal 11";
+    assert!(!output.status.success() && errors.contains(words), "{errors}");
+    assert!(errors.contains("byte 4096 of an allocation of 4000"), "{errors}");
+}
+
+#[test]
 fn the_libraries_can_be_opened() {
     let Some(program) = program("load") else { return };
     let folder = emulator::libraries().expect("there is a compiler");

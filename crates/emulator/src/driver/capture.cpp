@@ -1,4 +1,5 @@
-// Captures and graphs. A graph is a list: what was recorded runs in the order of recording, which respects all dependencies.
+// Captures and graphs. A graph is a list: what was recorded runs in the order of recording, which respects all
+// dependencies.
 #include "capture.h"
 
 #include "handles.h"
@@ -30,6 +31,7 @@ CUresult refuse_captured(Stream& stream) {
 
 void abandon_capture(Stream& stream) {
     std::shared_ptr<Capture> capture = stream.capture;
+    capture->active = false;
     for (Stream* other : handles<Stream>().all()) {
         if (other->capture == capture) {
             other->capture = nullptr;

@@ -1,4 +1,5 @@
-// The part of CUDA's driver interface that is emulated: results, handles, numbers of attributes. Values as in cuda.h of CUDA 13.
+// The part of CUDA's driver interface that is emulated: results, handles, numbers of attributes. Values as in cuda.h of
+// CUDA 13.
 #pragma once
 
 #include <cstddef>
@@ -109,7 +110,11 @@ enum CUfunction_attribute : int {
     CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9,
 };
 
-enum CUstreamCaptureMode : int { CU_STREAM_CAPTURE_MODE_GLOBAL = 0, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1, CU_STREAM_CAPTURE_MODE_RELAXED = 2 };
+enum CUstreamCaptureMode : int {
+    CU_STREAM_CAPTURE_MODE_GLOBAL = 0,
+    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
+    CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+};
 enum CUstreamCaptureStatus : int {
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
     CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
@@ -141,6 +146,6 @@ struct CUuuid {
     char bytes[16];
 };
 
-// For the other emulated libraries: runs `work(data)` on the stream, or records it while the stream is captured; `drop(data)` is
-// called when it will not be run any more.
+// For the other emulated libraries: runs `work(data)` on the stream, or records it while the stream is captured;
+// `drop(data)` is called when it will not be run any more.
 EXPORT CUresult emulator_submit(CUstream stream, void (*work)(void*), void (*drop)(void*), void* data);

@@ -74,6 +74,9 @@ EXPORT CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
     if (event->capture != nullptr) {
+        if (!event->capture->active) {
+            return CUDA_ERROR_CAPTURED_EVENT;
+        }
         if (stream->capture != nullptr && stream->capture != event->capture) {
             return CUDA_ERROR_STREAM_CAPTURE_MERGE;
         }

@@ -5,10 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
 
+#include "../simt/fault.h"
 #include "device.h"
 
 namespace emulator {
@@ -52,8 +55,8 @@ static int pattern_file() {
     return file;
 }
 
-// Puts pages that read as 0xFF at `start`. They share the pattern's memory until they are written, so a pool of gigabytes of
-// which little is used costs little.
+// Puts pages that read as 0xFF at `start`. They share the pattern's memory until they are written, so a pool of gigabytes
+// of which little is used costs little.
 static bool map_pattern(char* start, size_t bytes) {
     for (size_t done = 0; done < bytes; done += PATTERN_BYTES) {
         size_t part = std::min(PATTERN_BYTES, bytes - done);
@@ -76,7 +79,24 @@ static bool map_filled(char* start, size_t bytes) {
     return true;
 }
 
+// For the message of a kernel that used a bad address.
+static bool describe_address(const void* address, char* text, size_t bytes) {
+    std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    uintptr_t place = reinterpret_cast<uintptr_t>(address);
+    for (auto entry = allocations().begin(); lock.owns_lock() && entry != allocations().end(); ++entry) {
+        const Allocation& allocation = entry->second;
+        uintptr_t mapping = reinterpret_cast<uintptr_t>(allocation.mapping);
+        if (place >= mapping && place < mapping + allocation.mapping_bytes) {
+            std::snprintf(text, bytes, "byte %td of an allocation of %zu",
+                          static_cast<std::ptrdiff_t>(place - allocation.address), allocation.bytes);
+            return true;
+        }
+    }
+    return false;
+}
+
 void* allocate(Device* device, size_t bytes) {
+    ask_about_addresses(describe_address);
     if (bytes > SIZE_MAX / 2) {
         return nullptr;
     }

@@ -18,8 +18,8 @@ struct Allocation {
     size_t mapping_bytes = 0;
 };
 
-// Memory whose end (rounded up to 256 bytes) is the beginning of a page that cannot be touched; all bytes are 0xFF, which makes
-// every bf16 and f32 a NaN. Null if there is none left, of the device's or of the process's.
+// Memory whose end (rounded up to 256 bytes) is the beginning of a page that cannot be touched; all bytes are 0xFF, which
+// makes every bf16 and f32 a NaN. Null if there is none left, of the device's or of the process's.
 void* allocate(Device* device, size_t bytes);
 
 // False if `address` is not the beginning of an allocation of `host` or device memory.

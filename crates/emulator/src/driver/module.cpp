@@ -12,13 +12,15 @@
 namespace emulator {
 
 struct Function {
-    const Kernel* kernel = nullptr;
+    const Kernel& kernel;
     std::atomic<u32> dynamic_shared_bytes{48 * 1024};  // that a launch may ask for
+
+    explicit Function(const Kernel& k) : kernel(k) {}
 };
 
 struct Module {
     std::mutex mutex;
-    std::map<std::string, Function> functions;
+    std::map<std::string, CUfunction> functions;  // those that were asked for
 };
 
 // The values of a launch's parameters, kept for as long as a graph may want them.
@@ -49,25 +51,17 @@ class Arguments {
     std::vector<void*> pointers_;
 };
 
-// Functions live as long as their modules; a handle is valid while one of them knows it.
-static bool known(CUfunction function) {
-    for (Module* module : handles<Module>().all()) {
-        std::lock_guard<std::mutex> lock(module->mutex);
-        for (auto& entry : module->functions) {
-            if (&entry.second == function) {
-                return true;
-            }
-        }
-    }
-    return false;
+// That fit on a multiprocessor, by the kernel's launch bounds.
+static u32 promised_blocks(const Kernel& kernel) {
+    return std::max(1u, kernel.blocks_per_multiprocessor);
 }
 
 static CUresult launch(CUfunction function, Dim3 grid, Dim3 block, u32 shared_bytes, CUstream handle, void** parameters) {
     Stream* stream = find_stream(handle);
-    if (stream == nullptr || !known(function)) {
+    if (stream == nullptr || !handles<Function>().knows(function)) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
-    const Kernel& kernel = *function->kernel;
+    const Kernel& kernel = function->kernel;
     if (!fits(kernel, grid, block, shared_bytes) || shared_bytes > function->dynamic_shared_bytes) {
         return CUDA_ERROR_INVALID_VALUE;
     }
@@ -101,7 +95,14 @@ EXPORT CUresult cuModuleLoadDataEx(CUmodule* handle, const void* image, unsigned
 }
 
 EXPORT CUresult cuModuleUnload(CUmodule handle) {
-    return handles<Module>().remove(handle) != nullptr ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+    std::unique_ptr<Module> module = handles<Module>().remove(handle);
+    if (module == nullptr) {
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
+    for (auto& entry : module->functions) {
+        handles<Function>().remove(entry.second);
+    }
+    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
@@ -113,32 +114,34 @@ EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const
         return CUDA_ERROR_NOT_FOUND;
     }
     std::lock_guard<std::mutex> lock(module->mutex);
-    Function& entry = module->functions[name];
-    entry.kernel = kernel;
-    *function = &entry;
+    CUfunction& entry = module->functions[name];
+    if (entry == nullptr) {
+        entry = handles<Function>().add(std::make_unique<Function>(*kernel));
+    }
+    *function = entry;
     return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuFuncGetName(const char** name, CUfunction function) {
-    if (!known(function)) {
+    if (!handles<Function>().knows(function)) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
-    *name = function->kernel->name;
+    *name = function->kernel.name;
     return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
-    if (!known(function)) {
+    if (!handles<Function>().knows(function)) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
-    const Kernel& kernel = *function->kernel;
+    const Kernel& kernel = function->kernel;
     switch (attribute) {
         case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
             *value = static_cast<int>(kernel.max_threads);
             return CUDA_SUCCESS;
         case CU_FUNC_ATTRIBUTE_NUM_REGS:
             // What a compiler may use at most, given the launch bounds.
-            *value = static_cast<int>(std::min(255u, 65536 / (kernel.max_threads * std::max(1u, kernel.blocks_per_multiprocessor))));
+            *value = static_cast<int>(std::min(255u, 65536 / (kernel.max_threads * promised_blocks(kernel))));
             return CUDA_SUCCESS;
         case CU_FUNC_ATTRIBUTE_PTX_VERSION:
         case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
@@ -161,7 +164,7 @@ EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, C
 }
 
 EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-    if (!known(function)) {
+    if (!handles<Function>().knows(function)) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
     if (attribute == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT) {
@@ -175,18 +178,19 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute att
 }
 
 // As many as the launch bounds promise, if threads and dynamic shared memory allow.
-EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function, int threads, size_t shared_bytes) {
-    if (!known(function)) {
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function, int threads,
+                                                            size_t shared_bytes) {
+    if (!handles<Function>().knows(function)) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
-    const Kernel& kernel = *function->kernel;
+    const Kernel& kernel = function->kernel;
     if (threads <= 0 || u32(threads) > kernel.max_threads || shared_bytes > function->dynamic_shared_bytes) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     size_t by_threads = 2048 / ((static_cast<size_t>(threads) + 31) / 32 * 32);
     size_t by_memory = 228 * 1024 / (shared_bytes + 1024);
-    size_t promised = std::max(1u, kernel.blocks_per_multiprocessor);
-    *blocks = static_cast<int>(std::min({by_threads, by_memory, promised, size_t(32)}));
+    size_t most = std::min(32u, promised_blocks(kernel));
+    *blocks = static_cast<int>(std::min({by_threads, by_memory, most}));
     return CUDA_SUCCESS;
 }
 

@@ -1,8 +1,8 @@
-// Streams: what is submitted to one runs in order, either at once on the calling thread, or (PHALANX_EMULATOR_LATE=1) not before
-// somebody waits for it, or (during a capture) whenever the recorded graph is launched.
+// Streams: what is submitted to one runs in order, either at once on the calling thread, or (PHALANX_EMULATOR_LATE=1) not
+// before somebody waits for it, or (during a capture) whenever the recorded graph is launched.
 //
-// Running late shows what reads a result, or overwrites an input, without having waited. It cannot be used where the host waits
-// for a kernel without a call to the driver.
+// Running late shows what reads a result, or overwrites an input, without having waited. It cannot be used where the host
+// waits for a kernel without a call to the driver.
 #pragma once
 
 #include <atomic>
@@ -31,6 +31,7 @@ struct Capture {
     Stream* origin = nullptr;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
     std::thread::id thread;
+    bool active = true;
     bool valid = true;
     Graph graph;
 };
@@ -78,8 +79,8 @@ void finish_all(Device* device);
 // Runs what the default stream waits for by itself: the queues of all streams that were not created as non-blocking.
 void finish_blocking(Device* device);
 
-// For calls that a thread must not make while it captures (in relaxed mode it may): the error, and the capture is lost. Else
-// success.
+// For calls that a thread must not make while it captures (in relaxed mode it may): the error, and the capture is lost.
+// Else success.
 CUresult refuse_while_capturing();
 // For calls that ask about or wait for a stream, which a capture forbids.
 CUresult refuse_captured(Stream& stream);

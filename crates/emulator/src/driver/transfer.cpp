@@ -197,7 +197,8 @@ EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, siz
     return both ? copy(pointer_of(target), pointer_of(source), bytes, stream) : CUDA_ERROR_INVALID_VALUE;
 }
 
-EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr target, CUcontext, CUdeviceptr source, CUcontext, size_t bytes, CUstream stream) {
+EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr target, CUcontext, CUdeviceptr source, CUcontext, size_t bytes,
+                                  CUstream stream) {
     return cuMemcpyDtoDAsync_v2(target, source, bytes, stream);
 }
 

@@ -45,9 +45,11 @@ inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 // ---- numbers
 
-#define EMULATOR_MIN_MAX(T, A, B)                                                                                        \
-    __forceinline__ T max(A a, B b) { return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b); } \
-    __forceinline__ T min(A a, B b) { return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b); }
+template <class T> __forceinline__ T emulator_max(T a, T b) { return a > b ? a : b; }
+template <class T> __forceinline__ T emulator_min(T a, T b) { return a < b ? a : b; }
+#define EMULATOR_MIN_MAX(T, A, B)                                                             \
+    __forceinline__ T max(A a, B b) { return emulator_max(static_cast<T>(a), static_cast<T>(b)); } \
+    __forceinline__ T min(A a, B b) { return emulator_min(static_cast<T>(a), static_cast<T>(b)); }
 EMULATOR_MIN_MAX(int, int, int)
 EMULATOR_MIN_MAX(u32, u32, u32)
 EMULATOR_MIN_MAX(u32, int, u32)
@@ -80,8 +82,8 @@ inline u32 emulator_bf16(float x) {
 }
 inline u32 pack_bf16x2(float low, float high) { return emulator_bf16(low) | emulator_bf16(high) << 16; }
 
-// a · b + c rounded once to bf16. The double sum and the float from it are rounded to odd: if bits are lost, the last one that
-// stays is set, so that the last rounding sees on which side of a tie the exact value is.
+// a · b + c rounded once to bf16. The double sum and the float from it are rounded to odd: if bits are lost, the last one
+// that stays is set, so that the last rounding sees on which side of a tie the exact value is.
 inline u32 emulator_fma_bf16(u32 a, u32 b, u32 c) {
     double product = static_cast<double>(__uint_as_float(a << 16)) * __uint_as_float(b << 16);  // exact
     double addend = __uint_as_float(c << 16);

@@ -1,5 +1,5 @@
-// cp.async: copies to shared memory that land when they are waited for, or at once (see Order): whichever shows a missing wait or
-// a missing barrier.
+// cp.async: copies to shared memory that land when they are waited for, or at once (see Order): whichever shows a missing
+// wait or a missing barrier.
 #pragma once
 
 #include <cstring>

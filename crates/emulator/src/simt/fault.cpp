@@ -1,6 +1,7 @@
 // How a mistake of a kernel ends the process.
 #include "fault.h"
 
+#include <atomic>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
@@ -97,14 +98,31 @@ void fail_deadlock(const Block& block) {
 static const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 static struct sigaction earlier[4];
 
+static std::atomic<AddressBook> address_book{nullptr};
+
+void ask_about_addresses(AddressBook book) {
+    address_book = book;
+}
+
+// What is at a bad address; an empty text if nothing is known.
+static void describe_address(const void* address, char* text, size_t bytes) {
+    text[0] = '\0';
+    AddressBook book = address_book;
+    if (const char* overrun = overrun_at(address)) {
+        std::snprintf(text, bytes, ": %s", overrun);
+    } else if (book != nullptr && bytes > 2 && book(address, text + 2, bytes - 2)) {
+        text[0] = ':';
+        text[1] = ' ';
+    }
+}
+
 // Says where the kernel is, then puts the handler back that was there before: the instruction fails again, now for good.
 static void on_signal(int signal, siginfo_t* info, void*) {
     if (running_thread() != nullptr) {
-        char text[512];
+        char text[512], address[200];
         int length = describe(text, sizeof text);
-        const char* overrun = signal == SIGSEGV ? overrun_at(info->si_addr) : nullptr;
-        length += std::snprintf(text + length, sizeof text - length, "signal %d at address %p%s%s\n", signal, info->si_addr,
-                                overrun != nullptr ? ": " : "", overrun != nullptr ? overrun : "");
+        describe_address(info->si_addr, address, sizeof address);
+        length += std::snprintf(text + length, sizeof text - length, "signal %d at address %p%s\n", signal, info->si_addr, address);
         ssize_t written = write(STDERR_FILENO, text, static_cast<size_t>(length));
         static_cast<void>(written);
     }

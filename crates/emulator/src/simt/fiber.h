@@ -23,8 +23,8 @@ struct Context {
 #endif
 };
 
-// Bytes of a stack, which begins on a multiple of them: so its end, where a word of the owner's lies, is found from any address
-// in it.
+// Bytes of a stack, which begins on a multiple of them: so its end, where a word of the owner's lies, is found from any
+// address in it.
 const size_t STACK_BYTES = 128 * 1024;
 
 // Memory for a stack. Its lowest page cannot be touched.

@@ -192,7 +192,8 @@ static void begin_block(Machine& m) {
     std::memset(block.shared, 0xff, block.shared_bytes);  // NaN: what was not written must not be read
 }
 
-void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (*body)(void* const*), void* const* parameters) {
+void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (*body)(void* const*),
+              void* const* parameters) {
     report_signals();
     Machine& m = machine();
     while (m.threads.size() < size.count()) {

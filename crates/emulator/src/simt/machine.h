@@ -1,8 +1,8 @@
 // The emulated multiprocessor: the threads of one block as fibers, their warps, and the points where they meet.
 //
-// Each OS thread that launches has a machine of its own; blocks run on it one after another. A thread runs until it waits for
-// others (or pauses in a spin); then the next thread in the block's order that can run goes on. So the first warp in the order
-// runs up to the block's barrier before the second one starts: a missing barrier shows.
+// Each OS thread that launches has a machine of its own; blocks run on it one after another. A thread runs until it waits
+// for others (or pauses in a spin); then the next thread in the block's order that can run goes on. So the first warp in
+// the order runs up to the block's barrier before the second one starts: a missing barrier shows.
 #pragma once
 
 #include <cstddef>
@@ -93,8 +93,8 @@ struct WarpMeeting {
     Meeting kind = Meeting::None;
 };
 
-// Operands of mma_bf16 as the lanes hold them. In this order of lanes A and C are plain row-major matrices; B is kept with the
-// lane's two coordinates exchanged, so that 8 neighbours are the 8 columns.
+// Operands of mma_bf16 as the lanes hold them. In this order of lanes A and C are plain row-major matrices; B is kept with
+// the lane's two coordinates exchanged, so that 8 neighbours are the 8 columns.
 struct alignas(64) MmaOperands {
     u32 a[4][WARP];  // four 8×8 parts: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
     u32 b[2][WARP];  // pair of rows t (0-3) and 4 + t, then columns
@@ -143,8 +143,8 @@ inline __attribute__((always_inline)) Thread* here() {
 // The kernel's thread that runs on this OS thread, null if there is none. For callers that may be anywhere.
 const Thread* running_thread();
 
-// Waits until all threads of the warp that are named in `mask` and have not returned called this; does what `kind` says with
-// what they left in the warp.
+// Waits until all threads of the warp that are named in `mask` and have not returned called this; does what `kind` says
+// with what they left in the warp.
 void meet_warp(Meeting kind, u32 mask, Place place);
 // Waits for all threads of the block that have not returned; gives the vote's result.
 u32 meet_block(Meeting kind, bool vote, Place place);
@@ -154,7 +154,8 @@ void pause_thread();
 u64 nanoseconds();
 
 // Runs `body` in every thread of every block of the grid, with the launch's parameters.
-void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (*body)(void* const*), void* const* parameters);
+void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (*body)(void* const*),
+              void* const* parameters);
 
 // The rest is used between the files of the machine.
 

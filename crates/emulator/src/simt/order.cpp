@@ -1,5 +1,5 @@
-// In which order threads run and copies land: PHALANX_EMULATOR_ORDER = forward (default), reverse or shuffled. What depends on
-// it lacks a barrier or a wait.
+// In which order threads run and copies land: PHALANX_EMULATOR_ORDER = forward (default), reverse or shuffled. What depends
+// on it lacks a barrier or a wait.
 #include <cstdlib>
 #include <cstring>
 #include <utility>

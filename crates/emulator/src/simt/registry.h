@@ -62,8 +62,8 @@ enum EmulatorResult {
     EMULATOR_NOT_FOUND = 500,
 };
 
-// Runs a kernel to its end. `parameters` points to the values, as for cuLaunchKernel. More threads or shared memory than the
-// kernel or the device allows are an invalid value.
+// Runs a kernel to its end. `parameters` points to the values, as for cuLaunchKernel. More threads or shared memory than
+// the kernel or the device allows are an invalid value.
 EmulatorResult emulator_launch(const char* name, emulator::Dim3 grid, emulator::Dim3 block, unsigned shared_bytes,
                                void* const* parameters);
 

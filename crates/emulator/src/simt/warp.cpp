@@ -1,17 +1,18 @@
-// Where the lanes of a warp meet: barrier, shuffles, votes, and the matrix multiplication. The last lane that arrives does the
-// work for all.
+// Where the lanes of a warp meet: barrier, shuffles, votes, and the matrix multiplication. The last lane that arrives does
+// the work for all.
 #include "fault.h"
 #include "machine.h"
 
 namespace emulator {
 
-// c += a · b. The products of two bf16 are exact in f32; they are added to c one after the other in ascending k, each sum rounded
-// to nearest. (Real tensor cores add in another order and truncate: results differ there in the last bits, by design of the
-// hardware and not of the kernel.)
+// c += a · b. The products of two bf16 are exact in f32; they are added to c one after the other in ascending k, each sum
+// rounded to nearest. (Real tensor cores add in another order and truncate: results differ there in the last bits, by
+// design of the hardware and not of the kernel.)
 static void multiply(MmaOperands& operands) {
     typedef float Row __attribute__((vector_size(32)));
     typedef u32 Pairs __attribute__((vector_size(32)));
-    const Pairs high = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+    const u32 upper = 0xffff0000u;
+    const Pairs high = {upper, upper, upper, upper, upper, upper, upper, upper};
 
     Row b[16];
     for (u32 pair = 0; pair < 8; pair++) {

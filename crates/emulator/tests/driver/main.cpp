@@ -53,7 +53,8 @@ CUresult cuModuleLoadData(CUmodule*, const void*);
 CUresult cuModuleGetFunction(CUfunction*, CUmodule, const char*);
 CUresult cuModuleUnload(CUmodule);
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int);
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**);
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
+                        void**);
 CUresult cuGetErrorName(CUresult, const char**);
 
 int nvrtcCreateProgram(void**, const char*, const char*, int, const char* const*, const char* const*);
@@ -66,8 +67,8 @@ int cublasLtCreate(void**);
 int cublasLtMatmulDescCreate(void**, int, int);
 int cublasLtMatmulDescSetAttribute(void*, int, const void*, size_t);
 int cublasLtMatrixLayoutCreate(void**, int, u64, u64, i64);
-int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*, void*,
-                   const void*, void*, size_t, CUstream);
+int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*,
+                   void*, const void*, void*, size_t, CUstream);
 }
 
 static CUmodule module;
@@ -125,7 +126,8 @@ static void devices() {
     EXPECT(cuCtxEnablePeerAccess(contexts[1], 0) == CUDA_SUCCESS);
     EXPECT(cuCtxEnablePeerAccess(contexts[1], 0) == CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
     const char* name = nullptr;
-    EXPECT(cuGetErrorName(CUDA_ERROR_OUT_OF_MEMORY, &name) == CUDA_SUCCESS && std::strcmp(name, "CUDA_ERROR_OUT_OF_MEMORY") == 0);
+    EXPECT(cuGetErrorName(CUDA_ERROR_OUT_OF_MEMORY, &name) == CUDA_SUCCESS);
+    EXPECT(std::strcmp(name, "CUDA_ERROR_OUT_OF_MEMORY") == 0);
 }
 
 static void memory() {
@@ -240,7 +242,8 @@ static void multiplication(CUstream stream, CUdeviceptr memory) {
     i32 transposed = 1;
     EXPECT(cublasLtCreate(&library) == 0 && cublasLtMatmulDescCreate(&operation, 68, 0) == 0);
     EXPECT(cublasLtMatmulDescSetAttribute(operation, 3, &transposed, sizeof transposed) == 0);
-    EXPECT(cublasLtMatrixLayoutCreate(&layout_a, 14, k, m, k) == 0 && cublasLtMatrixLayoutCreate(&layout_b, 14, k, n, k) == 0);
+    EXPECT(cublasLtMatrixLayoutCreate(&layout_a, 14, k, m, k) == 0);
+    EXPECT(cublasLtMatrixLayoutCreate(&layout_b, 14, k, n, k) == 0);
     EXPECT(cublasLtMatrixLayoutCreate(&layout_d, 0, m, n, m) == 0);
     CUdeviceptr device_a = memory, device_b = memory + 2048, device_d = memory + 3072;
     EXPECT(cuMemcpyHtoDAsync_v2(device_a, a.data(), 2 * a.size(), stream) == CUDA_SUCCESS);
@@ -263,9 +266,24 @@ static void multiplication(CUstream stream, CUdeviceptr memory) {
     }
 }
 
-int main() {
+// A kernel writes behind an allocation: the process must end.
+static void overrun() {
+    CUdeviceptr x = 0;
+    CUfunction wrong;
+    EXPECT(cuMemAlloc_v2(&x, 4000) == CUDA_SUCCESS);
+    EXPECT(cuModuleGetFunction(&wrong, module, "wrong_address") == CUDA_SUCCESS);
+    void* parameters[] = {&x};
+    EXPECT(cuLaunchKernel(wrong, 1, 1, 1, 32, 1, 1, 0, nullptr, parameters, nullptr) == CUDA_SUCCESS);
+    std::printf("it went unnoticed\n");
+}
+
+int main(int count, char**) {
     devices();
     compile_and_load();
+    if (count == 2) {
+        overrun();
+        return 0;
+    }
     memory();
     CUstream stream;
     CUdeviceptr x = 0;

@@ -1,4 +1,5 @@
-// Opens the libraries of the folder that is given, as a host program does that was not linked to them, and makes a call to each.
+// Opens the libraries of the folder that is given, as a host program does that was not linked to them, and makes a call to
+// each.
 #include <dlfcn.h>
 
 #include <cstdio>

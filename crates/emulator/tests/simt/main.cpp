@@ -1,5 +1,5 @@
-// Tests of the emulated multiprocessor. Without an argument: everything that must work; with the name of a kernel: a mistake that
-// must end the process.
+// Tests of the emulated multiprocessor. Without an argument: everything that must work; with the name of a kernel: a
+// mistake that must end the process.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -157,10 +157,11 @@ static void missing_barrier() {
 
 int main(int count, char** arguments) {
     if (count == 2) {
-        // A page of which only the first half is given to the kernel's view, then one that cannot be touched.
+        // A page, then one that cannot be touched.
         void* memory = mmap(nullptr, 8192, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         EXPECT(memory != MAP_FAILED && mprotect(memory, 4096, PROT_READ | PROT_WRITE) == 0);
-        emulator_run(arguments[1], {1}, {std::strstr(arguments[1], "divergence") ? 64u : 32u}, 256, static_cast<u32*>(memory));
+        u32 threads = std::strcmp(arguments[1], "wrong_divergence") == 0 ? 64 : 32;
+        emulator_run(arguments[1], {1}, {threads}, 256, static_cast<u32*>(memory));
         std::printf("%s went unnoticed\n", arguments[1]);
         return 0;
     }
