@@ -1,15 +1,17 @@
 """Makes the golden files of the Rust tests with Hugging Face transformers on the CPU. Run by hand, from the repository root:
 
-    nice -n 19 python tests/golden/make.py          (needs tools/nano/requirements.txt, a few minutes)
+    nice -n 19 python tests/golden/make.py [MODEL ...]          (needs tools/nano/requirements.txt, a few minutes)
 
-For the bundled yi-nano and for three tiny models of random weights, which are written here first, `<model>/golden.safetensors`
+For the bundled yi-nano and for tiny models of random weights, which are written here first, `<model>/golden.safetensors`
 holds `prompt` (int32 ids) and `logits` (float32, one row for each of POSITIONS) of LlamaForCausalLM in float32, and
 `<model>/golden.json` holds what goes with it: how far transformers' own bf16 runs are from those logits (||a-b|| / ||b||),
-and for yi-nano greedy continuations and rendered chats. `yi-nano/prompt.txt` is the text of yi-nano's prompt.
+and for yi-nano greedy continuations and rendered chats. `yi-nano/prompt.txt` is the text of yi-nano's prompt. The values of a
+quantised model are those of its dequantised weights in float32.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import tokenizers
@@ -22,6 +24,7 @@ GOLDEN = Path(__file__).resolve().parent
 ROOT = GOLDEN.parents[1]
 sys.path.insert(0, str(ROOT / "tools/nano"))
 from model import Shape, Yi  # noqa: E402
+from quantize import quantize  # noqa: E402
 from reference import load_reference  # noqa: E402
 
 YI_NANO = ROOT / "models/yi-nano"
@@ -60,6 +63,25 @@ RANDOM_MODELS = {
         "num_key_value_heads": 2, "vocab_size": 256, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
         "rms_norm_eps": 1e-05, "tie_word_embeddings": True}),
 }
+QUANTISED = {
+    **CLASSIC, "torch_dtype": "float16", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 20, "vocab_size": 101, "rope_theta": 5000000.0,
+    "rms_norm_eps": 1e-05, "tie_word_embeddings": False}
+QUANTISED_MODELS = {
+    # As Yi-34B-Chat-4bits. A unit has 80 columns of o_proj, so that its border cuts a group, and 20 keys, which eight does not
+    # divide, so that it cuts words.
+    "awq4": {**QUANTISED, "architectures": ["YiForCausalLM"], "model_type": "Yi", "quantization_config": {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}},
+    # As Yi-34B-Chat-8bits, with biases of zeros as AutoGPTQ writes them; the last group of o_proj is shorter than the others.
+    "gptq8": {**QUANTISED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {
+        "quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": False, "sym": True, "damp_percent": 0.01,
+        "static_groups": False, "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None}},
+    # A group for every row, and zero points as they are.
+    "gptq4": {**QUANTISED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {
+        "quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": False,
+        "checkpoint_format": "gptq_v2"}},
+}
+TWO_FILES = ["gqa7", "awq4", "gptq8"]
 
 
 def write_json(path, content):
@@ -91,17 +113,21 @@ def random_tensors(config):
     return tensors
 
 
-def write_random_model(directory, dtype, config):
-    torch.manual_seed(len(directory.name))
-    directory.mkdir(exist_ok=True)
-    write_json(directory / "config.json", config)
+def random_model(name, dtype, config):
+    torch.manual_seed(len(name))
     tensors = {name: t.to(dtype).contiguous() for name, t in random_tensors(config).items()}
     if config["model_type"] == "llama":
         tensors = {n.replace(".ln1.", ".input_layernorm.").replace(".ln2.", ".post_attention_layernorm."): t
                    for n, t in tensors.items()}
+    return tensors
+
+
+def write_model(directory, config, tensors):
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "config.json", config)
     names = list(tensors)
     parts = {"model.safetensors": names}
-    if directory.name == "gqa7":  # the cut goes through a layer
+    if directory.name in TWO_FILES:  # the cut goes through a layer
         half = len(names) // 2
         parts = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate([names[:half], names[half:]])}
         write_json(directory / "model.safetensors.index.json", {
@@ -168,14 +194,28 @@ def make_golden(checkpoint, name, ids, extra):
           f"bf16 by {bf16['sdpa']['error']:.4f} (sdpa), {bf16['eager']['error']:.4f} (eager)")
 
 
-@torch.no_grad()
-def main():
-    for name, (dtype, config) in RANDOM_MODELS.items():
-        write_random_model(GOLDEN / name, dtype, config)
-        generator = torch.Generator().manual_seed(7)
-        ids = torch.randint(3, config["vocab_size"], (PROMPT_LENGTH,), generator=generator).tolist()
-        make_golden(GOLDEN / name, name, ids, lambda _: {})
+def random_ids(config):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(3, config["vocab_size"], (PROMPT_LENGTH,), generator=generator).tolist()
 
+
+def make_random(name):
+    dtype, config = RANDOM_MODELS[name]
+    write_model(GOLDEN / name, config, random_model(name, dtype, config))
+    make_golden(GOLDEN / name, name, random_ids(config), lambda _: {})
+
+
+def make_quantised(name):
+    config = QUANTISED_MODELS[name]
+    stored, dequantised = quantize(random_model(name, torch.float16, config), config["quantization_config"])
+    write_model(GOLDEN / name, config, stored)
+    with tempfile.TemporaryDirectory() as plain:
+        plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
+        write_model(Path(plain), plain_config, dequantised)
+        make_golden(Path(plain), name, random_ids(config), lambda _: {})
+
+
+def make_yi_nano():
     tokenizer = tokenizers.Tokenizer.from_file(str(YI_NANO / "tokenizer.json"))
     chat_tokenizer = PreTrainedTokenizerFast.from_pretrained(YI_NANO)
     ids = tokenizer.encode((GOLDEN / "yi-nano/prompt.txt").read_text()).ids
@@ -184,6 +224,17 @@ def main():
         "greedy": [greedy(model, tokenizer, p) for p in GREEDY_PROMPTS],
         "chats": [{"messages": m, "text": chat_tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)}
                   for m in CHATS]})
+
+
+@torch.no_grad()
+def main():
+    for name in sys.argv[1:] or [*RANDOM_MODELS, *QUANTISED_MODELS, "yi-nano"]:
+        if name in RANDOM_MODELS:
+            make_random(name)
+        elif name in QUANTISED_MODELS:
+            make_quantised(name)
+        else:
+            make_yi_nano()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ struct RunError {
 }
 
 /// All models with golden values.
-pub const MODELS: [&str; 4] = ["yi-nano", "gqa7", "mha", "tied"];
+pub const MODELS: [&str; 7] = ["yi-nano", "gqa7", "mha", "tied", "awq4", "gptq8", "gptq4"];
 
 /// Reads the golden values of a model.
 pub fn load(name: &str) -> Golden {

@@ -78,19 +78,24 @@ fn logits_are_the_same_bits_at_every_width_and_in_every_cut() {
 
 #[test]
 fn every_cpu_path_and_the_oracle_agree() {
-    let golden = golden::load("gqa7");
-    let ends = [1, 65, 600];
-    let block_size = BLOCK_TOKENS;
-    let plans = plans(&golden.prompt, &ends, block_size);
-    for dtype in [DType::F32, DType::Bf16] {
-        let oracle =
-            logits(&golden.dir, &options(dtype), 2, || Ok(Oracle::default()), &plans).expect("oracle");
-        for path in Path::available() {
-            let found = logits(&golden.dir, &options(dtype), 2, || Ok(Cpu::with_path(1, path)?), &plans)
-                .expect("logits");
-            let error = relative_error(&found, &oracle);
-            println!("{path:?}, {dtype:?}: {error:.2e} from the oracle");
-            assert!(error <= if dtype == DType::F32 { 1e-5 } else { 2e-2 }, "{path:?}, {dtype:?}: {error}");
+    for name in ["gqa7", "awq4"] {
+        let golden = golden::load(name);
+        let ends = [1, 65, 600];
+        let block_size = BLOCK_TOKENS;
+        let plans = plans(&golden.prompt, &ends, block_size);
+        for dtype in [DType::F32, DType::Bf16] {
+            let oracle =
+                logits(&golden.dir, &options(dtype), 2, || Ok(Oracle::default()), &plans).expect("oracle");
+            for path in Path::available() {
+                let found = logits(&golden.dir, &options(dtype), 2, || Ok(Cpu::with_path(1, path)?), &plans)
+                    .expect("logits");
+                let error = relative_error(&found, &oracle);
+                println!("{name}, {path:?}, {dtype:?}: {error:.2e} from the oracle");
+                assert!(
+                    error <= if dtype == DType::F32 { 1e-5 } else { 2e-2 },
+                    "{name}, {path:?}, {dtype:?}: {error}"
+                );
+            }
         }
     }
 }

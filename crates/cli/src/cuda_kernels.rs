@@ -15,7 +15,6 @@ pub(crate) enum KernelsCommand {
 }
 
 #[derive(Debug, Args)]
-#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only the kernels' compiler reads them"))]
 pub(crate) struct CompileArgs {
     /// What to compile for: sm_80 (A100), sm_86, sm_89 (L40), sm_90a (H100), sm_100a (B200), sm_120a, compute_90 (PTX)
     #[arg(long, value_name = "ARCH,…", value_delimiter = ',', default_value = "sm_80,sm_86,sm_89,sm_90a")]

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::{Choice, Draw, Tree};
+use crate::{Choice, Draw, QuantizedBlock, Tree};
 
 /// Element type of activations, weights and KV at run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -218,6 +218,11 @@ pub trait Backend {
     /// Packs a weight: the blocks stacked on top of each other give `[n, k]`, all of the same k (even).
     /// Elements become `dtype`; bf16 sources may stay bf16 under f32, which is exact.
     fn matrix(&self, blocks: &[RowBlock<'_>], dtype: DType) -> Result<Self::Matrix>;
+    /// Likewise of quantised blocks, all of the same k, bits and group size. A backend without kernels for them, as the CPU and the
+    /// oracle, holds the matrix dequantised to `dtype`, which is what this does unless a backend does better.
+    fn quantized_matrix(&self, blocks: &[QuantizedBlock<'_>], dtype: DType) -> Result<Self::Matrix> {
+        crate::quantized::dequantized(blocks, dtype, |rows| self.matrix(rows, dtype))
+    }
     /// The embedding rows of ids `first_id..first_id + block.rows`.
     fn table(&self, block: RowBlock<'_>, first_id: usize, dtype: DType) -> Result<Self::Table>;
     /// A vector (norm weights) as an f32 buffer `[1, cols]`.

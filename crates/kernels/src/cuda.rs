@@ -88,7 +88,7 @@ pub struct Cuda {
     records: Records,
     /// Sums of units, and partial results of attention.
     products: Scratch,
-    attention: Scratch,
+    attention: RefCell<Scratch>,
     /// Spans of keys that the second has room for in any recorded step.
     recorded_spans: usize,
     frequencies: rope::Frequencies,
@@ -131,7 +131,7 @@ impl Cuda {
             samples: false,
             records: Records::default(),
             products: Scratch::new(&device),
-            attention: Scratch::new(&device),
+            attention: RefCell::new(Scratch::new(&device)),
             recorded_spans: 0,
             frequencies: rope::Frequencies::default(),
             device,
@@ -254,7 +254,7 @@ impl Backend for Cuda {
         self.staging = RefCell::new(Scratch::new(&self.device));
         // Recorded steps keep the address of this memory, so it is taken for the longest contexts that the cache can hold.
         self.recorded_spans = attend::recorded_spans(blocks);
-        self.attention.reserve(attend::scratch_bytes(shape, self.recorded_spans, shape.group))?;
+        self.attention.get_mut().reserve(attend::scratch_bytes(shape, self.recorded_spans, shape.group))?;
         Ok(kv)
     }
 
@@ -303,7 +303,7 @@ impl Backend for Cuda {
             Course::Run => {
                 body(self)?;
                 // Work space that moved is not where earlier records have it.
-                if self.products.take_moved() | self.attention.take_moved() {
+                if self.products.take_moved() | self.attention.get_mut().take_moved() {
                     self.records.clear();
                 }
                 std::mem::take(&mut self.samples)
@@ -400,8 +400,8 @@ impl Backend for Cuda {
         let group = shape::rope_write_kv(step, qkv.dims(), rope.dims(), layer, kv.dims, q.dims())?;
         bf16_only(q.dims().dtype, "a query")?;
         let plan = self.plan("rope_write_kv", step)?;
-        let words = |part| self.word(part);
-        rope::rope_write_kv(&self.device, plan, words, qkv, rope, layer, group, kv, q)
+        let fresh = rope::Fresh { plan, words: self.words.pointer(), qkv, rope, layer, group };
+        fresh.write(&self.device, kv, q)
     }
 
     fn attend(
@@ -438,7 +438,7 @@ impl Backend for Cuda {
             out: out.pointer(),
             recorded_spans: self.recorded_spans,
         };
-        attention.run(&mut self.attention)
+        attention.run(&mut self.attention.borrow_mut())
     }
 
     fn silu_mul(&mut self, rows: usize, gate_up: &Buffer, widths: &[usize], out: &mut Buffer) -> Result<()> {

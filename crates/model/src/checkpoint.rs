@@ -1,7 +1,8 @@
 //! Checkpoints: safetensors files in a model directory, checked on opening and read slice by slice.
 //!
-//! Opening reads headers alone and holds them against the config: afterwards every tensor that the model
-//! needs is known to be there, whole, of the right shape and of a dtype that the kernels take. Reading is
+//! Opening reads headers and holds them against the config: afterwards every tensor that the model
+//! needs is known to be there, whole, of the right shape and of a dtype that the kernels take. Of a quantised
+//! checkpoint it also reads `g_idx` and `bias`, which must say nothing. Reading is
 //! positioned (`pread`), from any number of threads at once, and never maps a file: a file cut short under a
 //! map is a SIGBUS, here it is an error.
 
@@ -9,6 +10,7 @@ mod error;
 mod header;
 mod inspect;
 mod output;
+mod quantized;
 mod random;
 mod rename;
 mod synthesize;
@@ -16,6 +18,7 @@ mod synthesize;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod unpack;
 mod weights;
 
 use std::collections::HashMap;
@@ -23,6 +26,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use engine::ModelShape;
 use kernels::SourceType;
 use safetensors::Dtype;
 
@@ -30,9 +34,12 @@ pub use error::CheckpointError;
 pub use inspect::{Inspection, RankBytes, WidthBytes, inspect};
 pub use rename::rename;
 pub use synthesize::{Synthesis, synthesize};
+pub(crate) use unpack::{PackedSlice, QuantizedRows};
 
-use crate::config::Config;
-use crate::names::{Naming, Tensor};
+use crate::config::{Config, Quantization};
+use crate::names::{Naming, QuantizedPart, Tensor};
+use header::Entry;
+use quantized::Packed;
 use weights::WeightFiles;
 
 /// Up to about this many bytes, reading over the gap between two rows' slices costs no more than a seek.
@@ -45,8 +52,14 @@ const BLOCK_BYTES: usize = 1 << 20;
 pub struct Checkpoint {
     weights: WeightFiles,
     naming: Naming,
-    places: HashMap<Tensor, Place>,
+    plain: Plain,
+    packed: Packed,
+    quantization: Option<Quantization>,
+    model: ModelShape,
 }
+
+/// Where the plain tensors lie, and of what type their elements are.
+type Plain = HashMap<Tensor, (Place, SourceType)>;
 
 /// Where a tensor lies.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +67,7 @@ struct Place {
     file: usize,
     /// Of its first byte in the file.
     offset: u64,
-    dtype: SourceType,
+    element_bytes: usize,
     shape: [usize; 2],
 }
 
@@ -69,22 +82,18 @@ impl Checkpoint {
         let by_architecture =
             if config.architecture == Naming::Yi.architecture() { Naming::Yi } else { Naming::Llama };
         let naming = weights.naming()?.unwrap_or(by_architecture);
-        let mut places = places(&weights, config)?;
+        let (plain, packed) = places(&weights, config)?;
+        let (quantization, model) = (config.quantization, config.shape);
+        let mut checkpoint = Checkpoint { weights, naming, plain, packed, quantization, model };
         for tensor in Tensor::all(config.shape.layers, config.tied) {
-            if !places.contains_key(&tensor) {
-                let (dir, tensor_name) = (dir.to_owned(), tensor.name(naming));
-                return Err(match tensor {
-                    Tensor::Head => CheckpointError::NoHead { dir, tensor: tensor_name },
-                    _ => CheckpointError::Missing { dir, tensor: tensor_name },
-                });
-            }
+            checkpoint.check(tensor)?;
         }
         if config.tied
-            && let Some(&embedding) = places.get(&Tensor::Embedding)
+            && let Some(&embedding) = checkpoint.plain.get(&Tensor::Embedding)
         {
-            places.insert(Tensor::Head, embedding);
+            checkpoint.plain.insert(Tensor::Head, embedding);
         }
-        Ok(Checkpoint { weights, naming, places })
+        Ok(checkpoint)
     }
 
     /// Which names its tensors have.
@@ -92,17 +101,22 @@ impl Checkpoint {
         self.naming
     }
 
-    /// The element type of a tensor.
+    /// How a tensor is quantised, if it is; then it has no element type and is not read as others are.
+    pub fn quantization(&self, tensor: Tensor) -> Option<Quantization> {
+        self.quantization.filter(|_| tensor.is_projection())
+    }
+
+    /// The element type of a plain tensor.
     pub fn dtype(&self, tensor: Tensor) -> Result<SourceType, CheckpointError> {
-        Ok(self.place(tensor)?.dtype)
+        Ok(self.place(tensor)?.1)
     }
 
     /// Rows and columns of a tensor; a vector is one row.
-    pub fn shape(&self, tensor: Tensor) -> Result<[usize; 2], CheckpointError> {
-        Ok(self.place(tensor)?.shape)
+    pub fn shape(&self, tensor: Tensor) -> [usize; 2] {
+        tensor.shape(&self.model)
     }
 
-    /// Reads a slice of a tensor: little-endian, dense, row-major.
+    /// Reads a slice of a plain tensor: little-endian, dense, row-major.
     pub fn read(
         &self,
         tensor: Tensor,
@@ -122,25 +136,30 @@ impl Checkpoint {
         rows: Range<usize>,
         runs: &[Range<usize>],
     ) -> Result<Vec<Vec<u8>>, CheckpointError> {
-        let place = self.place(tensor)?;
-        let [total_rows, total_cols] = place.shape;
+        self.read_place(self.place(tensor)?.0, || tensor.name(self.naming), rows, runs)
+    }
+
+    /// Likewise, of any tensor.
+    fn read_place(
+        &self,
+        place: Place,
+        name: impl Fn() -> String,
+        rows: Range<usize>,
+        runs: &[Range<usize>],
+    ) -> Result<Vec<Vec<u8>>, CheckpointError> {
+        let Place { element_bytes: size, shape: [total_rows, total_cols], .. } = place;
         let inside = |range: &Range<usize>, total| range.start <= range.end && range.end <= total;
         if !inside(&rows, total_rows) || !runs.iter().all(|run| inside(run, total_cols)) {
-            return Err(CheckpointError::OutOfRange {
-                tensor: tensor.name(self.naming),
-                shape: place.shape,
-                rows,
-                cols: runs.to_vec(),
-            });
+            let (tensor, cols) = (name(), runs.to_vec());
+            return Err(CheckpointError::OutOfRange { tensor, shape: place.shape, rows, cols });
         }
-        let size = place.dtype.size();
         let row_bytes = total_cols * size;
         let first_byte = place.offset + (rows.start * row_bytes) as u64;
         if let [run] = runs
             && run.len() == total_cols
         {
             let mut slice = vec![0; rows.len() * row_bytes];
-            self.read_at(place, &mut slice, first_byte)?;
+            self.read_at(&place, &mut slice, first_byte)?;
             return Ok(vec![slice]);
         }
         let hull = runs.iter().map(|run| run.start).min().unwrap_or(0) * size
@@ -153,7 +172,7 @@ impl Checkpoint {
         for first in (0..rows.len()).step_by(rows_per_read) {
             let count = rows_per_read.min(rows.len() - first);
             block.resize((count - 1) * row_bytes + hull.len(), 0);
-            self.read_at(place, &mut block, first_byte + (first * row_bytes + hull.start) as u64)?;
+            self.read_at(&place, &mut block, first_byte + (first * row_bytes + hull.start) as u64)?;
             for row in block.chunks(row_bytes) {
                 for (slice, run) in slices.iter_mut().zip(runs) {
                     slice.extend_from_slice(&row[run.start * size - hull.start..run.end * size - hull.start]);
@@ -163,11 +182,28 @@ impl Checkpoint {
         Ok(slices)
     }
 
-    fn place(&self, tensor: Tensor) -> Result<&Place, CheckpointError> {
-        self.places.get(&tensor).ok_or_else(|| CheckpointError::Missing {
-            dir: self.weights.dir.clone(),
-            tensor: tensor.name(self.naming),
-        })
+    fn place(&self, tensor: Tensor) -> Result<(Place, SourceType), CheckpointError> {
+        self.plain.get(&tensor).copied().ok_or_else(|| self.missing(tensor.name(self.naming)))
+    }
+
+    /// That a tensor of the model is there, and as the config says.
+    fn check(&self, tensor: Tensor) -> Result<(), CheckpointError> {
+        match self.quantization(tensor) {
+            Some(quantization) => match self.packed.missing(tensor, quantization) {
+                Some(part) => Err(self.missing(part)),
+                None => self.check_quantized(tensor, quantization),
+            },
+            None if self.plain.contains_key(&tensor) => Ok(()),
+            None if tensor == Tensor::Head => {
+                let (dir, tensor) = (self.weights.dir.clone(), tensor.name(self.naming));
+                Err(CheckpointError::NoHead { dir, tensor })
+            }
+            None => Err(self.missing(tensor.name(self.naming))),
+        }
+    }
+
+    fn missing(&self, tensor: String) -> CheckpointError {
+        CheckpointError::Missing { dir: self.weights.dir.clone(), tensor }
     }
 
     fn read_at(&self, place: &Place, bytes: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
@@ -177,40 +213,71 @@ impl Checkpoint {
 }
 
 /// The place of every tensor of the model that the files have, each checked against the config.
-fn places(weights: &WeightFiles, config: &Config) -> Result<HashMap<Tensor, Place>, CheckpointError> {
-    let mut places = HashMap::new();
-    for (index, file) in weights.files.iter().enumerate() {
-        for entry in &file.header.tensors {
-            let Some((tensor, _)) = Tensor::parse(&entry.name) else {
-                tracing::debug!(tensor = entry.name, "not a tensor of the model, ignored");
-                continue;
+fn places(weights: &WeightFiles, config: &Config) -> Result<(Plain, Packed), CheckpointError> {
+    let (mut plain, mut packed) = (Plain::new(), Packed::default());
+    for (file, weights) in weights.files.iter().enumerate() {
+        let path = &weights.path;
+        for entry in &weights.header.tensors {
+            let (tensor, part) = match (Tensor::parse(&entry.name), Tensor::parse_part(&entry.name)) {
+                (Some((tensor, _)), _) => (tensor, None),
+                (None, Some((tensor, part))) => (tensor, Some(part)),
+                (None, None) => {
+                    tracing::debug!(tensor = entry.name, "not a tensor of the model, ignored");
+                    continue;
+                }
             };
             if tensor == Tensor::Head && config.tied {
                 tracing::debug!(tensor = entry.name, "the head is tied to the embedding, ignored");
                 continue;
             }
-            let (path, name) = (file.path.clone(), entry.name.clone());
             if matches!(tensor, Tensor::Layer(layer, _) if layer >= config.shape.layers) {
-                return Err(CheckpointError::ExtraLayer { path, tensor: name, layers: config.shape.layers });
+                let (path, tensor) = (path.clone(), entry.name.clone());
+                return Err(CheckpointError::ExtraLayer { path, tensor, layers: config.shape.layers });
             }
-            let expected = tensor.stored_shape(&config.shape);
-            if !entry.shape.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
-                return Err(CheckpointError::Shape {
-                    path,
-                    tensor: name,
-                    found: entry.shape.clone(),
-                    expected,
-                });
+            let offset = weights.header.data_start + entry.begin;
+            match (part, config.quantization) {
+                (None, Some(_)) if tensor.is_projection() => {
+                    let detail =
+                        "is not quantised, but by quantization_config of config.json every projection is";
+                    return Err(CheckpointError::entry(entry, path, detail));
+                }
+                (None, _) => {
+                    check_shape(entry, tensor.stored_shape(&config.shape), path)?;
+                    let dtype = source_type(entry, path)?;
+                    let shape = tensor.shape(&config.shape);
+                    let place = Place { file, offset, element_bytes: dtype.size(), shape };
+                    plain.insert(tensor, (place, dtype));
+                }
+                (Some(part), Some(quantization)) => {
+                    packed.add((tensor, part), entry, path, (file, offset), (config, quantization))?;
+                }
+                (Some(QuantizedPart::Bias), None) => {
+                    tracing::debug!(tensor = entry.name, "a bias, ignored");
+                }
+                (Some(_), None) => {
+                    let detail = "is quantised, but config.json has no quantization_config that says how";
+                    return Err(CheckpointError::entry(entry, path, detail));
+                }
             }
-            let dtype = match entry.dtype {
-                Dtype::F32 => SourceType::F32,
-                Dtype::F16 => SourceType::F16,
-                Dtype::BF16 => SourceType::Bf16,
-                found => return Err(CheckpointError::DType { path, tensor: name, found: found.to_string() }),
-            };
-            let offset = file.header.data_start + entry.begin;
-            places.insert(tensor, Place { file: index, offset, dtype, shape: tensor.shape(&config.shape) });
         }
     }
-    Ok(places)
+    Ok((plain, packed))
+}
+
+/// The element type of a tensor that is not packed.
+fn source_type(entry: &Entry, path: &Path) -> Result<SourceType, CheckpointError> {
+    match entry.dtype {
+        Dtype::F32 => Ok(SourceType::F32),
+        Dtype::F16 => Ok(SourceType::F16),
+        Dtype::BF16 => Ok(SourceType::Bf16),
+        _ => Err(CheckpointError::dtype(entry, path, "F32, F16 or BF16")),
+    }
+}
+
+fn check_shape(entry: &Entry, expected: Vec<usize>, path: &Path) -> Result<(), CheckpointError> {
+    if entry.shape.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
+        return Ok(());
+    }
+    let (path, tensor, found) = (path.to_owned(), entry.name.clone(), entry.shape.clone());
+    Err(CheckpointError::Shape { path, tensor, found, expected })
 }

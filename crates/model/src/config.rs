@@ -4,12 +4,16 @@
 //! release). Whatever would change the arithmetic and is not implemented is refused by name, so that a model
 //! is never served with wrong numbers. Sizes are bounded here, before anyone allocates by them.
 
+mod quantization;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use engine::ModelShape;
 use serde_json::{Map, Value};
+
+pub use quantization::{Layout, Quantization};
 
 /// The base frequency that transformers takes where a LLaMA config names none.
 const LLAMA_ROPE_THETA: f64 = 10_000.0;
@@ -41,6 +45,8 @@ pub struct Config {
     pub bos: Option<u32>,
     /// The ids that end a text: those of `config.json`, then further ones of `generation_config.json`.
     pub eos: Vec<u32>,
+    /// How the projections are stored, where they are quantised.
+    pub quantization: Option<Quantization>,
 }
 
 /// Why a config cannot be used.
@@ -106,8 +112,10 @@ impl Config {
         let (architecture, model_type) = architecture(&keys)?;
         refuse_what_is_not_implemented(&keys)?;
         let eos = end_of_text_ids(&keys, &path.with_file_name("generation_config.json"))?;
+        let shape = shape(&keys)?;
         Ok(Config {
-            shape: shape(&keys)?,
+            quantization: quantization::quantization(&keys, &shape)?,
+            shape,
             rms_norm_eps: keys
                 .number("rms_norm_eps", 0.0, 1.0)?
                 .ok_or_else(|| keys.missing("rms_norm_eps", "a number"))?,
@@ -164,16 +172,8 @@ fn refuse_what_is_not_implemented(keys: &Keys) -> Result<(), ConfigError> {
         }
     }
     match keys.get("hidden_act") {
-        Some(found) if found != "silu" => return Err(keys.refuse("hidden_act", found, r#""silu""#)),
-        _ => {}
-    }
-    match keys.get("quantization_config") {
-        Some(found) => Err(keys.refuse(
-            "quantization_config",
-            found,
-            "none: quantised checkpoints are not supported, use the model's f32, f16 or bf16 checkpoint",
-        )),
-        None => Ok(()),
+        Some(found) if found != "silu" => Err(keys.refuse("hidden_act", found, r#""silu""#)),
+        _ => Ok(()),
     }
 }
 
@@ -417,7 +417,6 @@ mod tests {
             ("eos_token_id", json!(-1), "token id"),
             ("eos_token_id", json!([2, "x"]), "token id"),
             ("tie_word_embeddings", json!("no"), "true or false"),
-            ("quantization_config", json!({"quant_method": "awq"}), "quantised"),
         ];
         for (key, value, expected) in refused {
             let (outer, content) = match key.split_once('.') {

@@ -1,7 +1,8 @@
 //! The names of a model's tensors, in the two namings that Yi checkpoints come in.
 //!
 //! The first release calls the two norms of a layer `ln1` and `ln2`; LLaMA calls them `input_layernorm` and
-//! `post_attention_layernorm`. All other names are the same.
+//! `post_attention_layernorm`. All other names are the same. A quantised projection has several tensors (`qweight`, `qzeros`,
+//! …) in the place of its `weight`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -99,6 +100,43 @@ pub enum LayerTensor {
     Down,
 }
 
+/// A tensor that stands for a quantised projection, together with others, in the place of its `weight`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum QuantizedPart {
+    /// The values, packed.
+    Values,
+    /// The zero points of the groups, packed.
+    Zeros,
+    /// The scales of the groups.
+    Scales,
+    /// The group of every column.
+    GroupIndex,
+    /// A bias, which Yi has not: all zeros.
+    Bias,
+}
+
+impl QuantizedPart {
+    /// All of them.
+    pub const ALL: [QuantizedPart; 5] = [
+        QuantizedPart::Values,
+        QuantizedPart::Zeros,
+        QuantizedPart::Scales,
+        QuantizedPart::GroupIndex,
+        QuantizedPart::Bias,
+    ];
+
+    /// Its name, which takes the place of `weight`.
+    fn suffix(self) -> &'static str {
+        match self {
+            QuantizedPart::Values => "qweight",
+            QuantizedPart::Zeros => "qzeros",
+            QuantizedPart::Scales => "scales",
+            QuantizedPart::GroupIndex => "g_idx",
+            QuantizedPart::Bias => "bias",
+        }
+    }
+}
+
 impl LayerTensor {
     /// All of them, in the order of the forward pass.
     pub const ALL: [LayerTensor; 9] = [
@@ -172,6 +210,25 @@ impl Tensor {
         }
     }
 
+    /// Whether quantised checkpoints have it quantised: the matrices of the decoder layers.
+    pub fn is_projection(self) -> bool {
+        matches!(self, Tensor::Layer(..)) && !self.is_vector()
+    }
+
+    /// The name of a part of a quantised projection, which is the same in both namings.
+    pub fn part_name(self, part: QuantizedPart) -> String {
+        let name = self.name(Naming::Llama);
+        format!("{}.{}", name.strip_suffix(".weight").unwrap_or(&name), part.suffix())
+    }
+
+    /// The part of a quantised projection that a name stands for.
+    pub fn parse_part(name: &str) -> Option<(Tensor, QuantizedPart)> {
+        let (module, suffix) = name.rsplit_once('.')?;
+        let part = QuantizedPart::ALL.into_iter().find(|part| part.suffix() == suffix)?;
+        let (tensor, _) = Tensor::parse(&format!("{module}.weight"))?;
+        tensor.is_projection().then_some((tensor, part))
+    }
+
     /// Rows and columns; a vector is one row.
     pub fn shape(self, shape: &ModelShape) -> [usize; 2] {
         let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
@@ -226,6 +283,32 @@ mod tests {
             "",
         ] {
             assert_eq!(Tensor::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn only_projections_have_quantised_parts() {
+        let parts: Vec<_> = Tensor::all(2, false).filter(|tensor| tensor.is_projection()).collect();
+        assert_eq!(parts.len(), 2 * 7);
+        for tensor in parts {
+            for part in QuantizedPart::ALL {
+                let name = tensor.part_name(part);
+                assert_eq!(Tensor::parse_part(&name), Some((tensor, part)));
+                assert_eq!(Tensor::parse(&name), None, "{name}");
+            }
+        }
+        let down = Tensor::Layer(3, LayerTensor::Down);
+        assert_eq!(down.part_name(QuantizedPart::Values), "model.layers.3.mlp.down_proj.qweight");
+        for name in [
+            "lm_head.qweight",
+            "model.embed_tokens.scales",
+            "model.layers.0.ln1.bias",
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.layers.00.self_attn.q_proj.qweight",
+            "qweight",
+            "",
+        ] {
+            assert_eq!(Tensor::parse_part(name), None, "{name}");
         }
     }
 

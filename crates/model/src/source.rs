@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::time::Duration;
 
 use comm::Collective;
@@ -209,6 +210,15 @@ fn identity(config: &Config, checkpoint: &Checkpoint) -> Result<String> {
     for tensor in layers.chain([Tensor::Norm]) {
         hash.update(format!("{:?}", checkpoint.dtype(tensor)?));
         hash.update(checkpoint.read(tensor, 0..1, 0..config.shape.hidden)?);
+    }
+    if let Some(quantization) = config.quantization {
+        // Quantised models may have the norms of the plain one.
+        hash.update(format!("{quantization}"));
+        let tensor = Tensor::Layer(0, LayerTensor::Q);
+        let [_, cols] = checkpoint.shape(tensor);
+        for slice in checkpoint.read_quantized(tensor, slice::from_ref(&(0..1)), 0..cols)? {
+            hash.update(slice.unpack(slice.group_size()).block().values);
+        }
     }
     // One row of the embedding, for models whose norms are all ones.
     hash.update(checkpoint.read(Tensor::Embedding, 0..1, 0..config.shape.hidden)?);

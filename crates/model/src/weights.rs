@@ -3,6 +3,8 @@
 //! Only those slices are read. A unit's matrices stand by themselves, so that another width loads and drops
 //! units and touches nothing else.
 
+mod quantized;
+
 use std::ops::Range;
 
 use engine::Unit;
@@ -22,6 +24,9 @@ pub(crate) struct Weights<B: Backend> {
     /// By unit.
     pub(crate) head: Vec<B::Matrix>,
 }
+
+/// A tensor and the run of its rows that a unit holds.
+type Part<'a> = (Tensor, &'a dyn Fn(&Unit) -> Range<usize>);
 
 /// One decoder layer; matrices by unit.
 pub(crate) struct Layer<B: Backend> {
@@ -55,7 +60,8 @@ impl<B: Backend> Weights<B> {
         progress: &mut dyn FnMut(),
     ) -> Result<Self> {
         let tree = Tree { units: units.len() };
-        let loader = Loader { backend, config, checkpoint, units: &units[held.clone()], dtype };
+        let loader =
+            Loader { backend, config, checkpoint, all_units: units, units: &units[held.clone()], dtype };
         let embedding = tree
             .subtrees(&held)
             .into_iter()
@@ -91,6 +97,9 @@ struct Loader<'a, B: Backend> {
     backend: &'a B,
     config: &'a Config,
     checkpoint: &'a Checkpoint,
+    /// Of the model.
+    all_units: &'a [Unit],
+    /// Of this rank.
     units: &'a [Unit],
     dtype: DType,
 }
@@ -100,31 +109,28 @@ impl<B: Backend> Loader<'_, B> {
         let tensor = |part| Tensor::Layer(index, part);
         let d = self.config.shape.head_dim;
         let columns = |heads: &Range<usize>| heads.start * d..heads.end * d;
-        let each =
-            |load: &dyn Fn(&Unit) -> Result<B::Matrix>| self.units.iter().map(load).collect::<Result<_>>();
+        let kv = |unit: &Unit| columns(&(unit.index..unit.index + 1));
+        let padding = |unit: &Unit| ffn_width(unit) - unit.ffn.len();
         Ok(Layer {
             attention_norm: self.vector(tensor(LayerTensor::AttentionNorm))?,
-            qkv: each(&|unit| {
-                let kv = columns(&(unit.index..unit.index + 1));
-                let parts = [
-                    (tensor(LayerTensor::Q), columns(&unit.heads)),
-                    (tensor(LayerTensor::K), kv.clone()),
-                    (tensor(LayerTensor::V), kv),
-                ];
-                self.rows(&parts, 0)
-            })?,
-            o: self.columns(tensor(LayerTensor::O), |unit| (columns(&unit.heads), 0))?,
+            qkv: self.stacked(
+                &[
+                    (tensor(LayerTensor::Q), &|unit| columns(&unit.heads)),
+                    (tensor(LayerTensor::K), &kv),
+                    (tensor(LayerTensor::V), &kv),
+                ],
+                |_| 0,
+            )?,
+            o: self.columns(tensor(LayerTensor::O), |unit| columns(&unit.heads), |_| 0)?,
             ffn_norm: self.vector(tensor(LayerTensor::FfnNorm))?,
-            gate_up: each(&|unit| {
-                let parts = [
-                    (tensor(LayerTensor::Gate), unit.ffn.clone()),
-                    (tensor(LayerTensor::Up), unit.ffn.clone()),
-                ];
-                self.rows(&parts, ffn_width(unit) - unit.ffn.len())
-            })?,
-            down: self.columns(tensor(LayerTensor::Down), |unit| {
-                (unit.ffn.clone(), ffn_width(unit) - unit.ffn.len())
-            })?,
+            gate_up: self.stacked(
+                &[
+                    (tensor(LayerTensor::Gate), &|unit| unit.ffn.clone()),
+                    (tensor(LayerTensor::Up), &|unit| unit.ffn.clone()),
+                ],
+                padding,
+            )?,
+            down: self.columns(tensor(LayerTensor::Down), |unit| unit.ffn.clone(), padding)?,
         })
     }
 
@@ -137,6 +143,15 @@ impl<B: Backend> Loader<'_, B> {
     fn vector(&self, tensor: Tensor) -> Result<B::Buffer> {
         let slice = Slice::read(self.checkpoint, tensor, 0..1, self.config.shape.hidden)?;
         Ok(self.backend.vector(slice.block())?)
+    }
+
+    /// For each unit a matrix of runs of rows of several tensors, with `padding` rows of zeros behind each.
+    fn stacked(&self, parts: &[Part<'_>], padding: impl Fn(&Unit) -> usize) -> Result<Vec<B::Matrix>> {
+        if parts.iter().any(|(tensor, _)| self.checkpoint.quantization(*tensor).is_some()) {
+            return self.stacked_quantized(parts);
+        }
+        let of_unit = |unit| parts.iter().map(|(tensor, run)| (*tensor, run(unit))).collect::<Vec<_>>();
+        self.units.iter().map(|unit| self.rows(&of_unit(unit), padding(unit))).collect()
     }
 
     /// A matrix of whole rows of several tensors, with `padding` rows of zeros behind each.
@@ -155,15 +170,20 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.backend.matrix(&blocks, self.dtype)?)
     }
 
-    /// For each unit a matrix of a run of a tensor's columns, with some columns of zeros behind it.
+    /// For each unit a matrix of a run of a tensor's columns, with `padding` columns of zeros behind it.
     fn columns(
         &self,
         tensor: Tensor,
-        run: impl Fn(&Unit) -> (Range<usize>, usize),
+        run: impl Fn(&Unit) -> Range<usize>,
+        padding: impl Fn(&Unit) -> usize,
     ) -> Result<Vec<B::Matrix>> {
+        if let Some(quantization) = self.checkpoint.quantization(tensor) {
+            return self.quantized_columns(tensor, quantization, run);
+        }
         let dtype = self.checkpoint.dtype(tensor)?;
         let rows = self.config.shape.hidden;
-        let (runs, paddings): (Vec<_>, Vec<_>) = self.units.iter().map(run).unzip();
+        let runs: Vec<_> = self.units.iter().map(run).collect();
+        let paddings = self.units.iter().map(padding);
         let slices = self.checkpoint.read_columns(tensor, 0..rows, &runs)?;
         slices
             .into_iter()

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use kernels::cuda::{Arch, KernelUsage, Module, Nvrtc, SOURCES, Store, load, violations};
+use kernels::cuda::{Arch, KernelUsage, Module, Nvrtc, Origin, SOURCES, Store, load, violations};
 use serde_json::{Value, json};
 
 use super::CompileArgs;
@@ -17,6 +17,7 @@ impl CompileArgs {
         let style = ProgressStyle::with_template("compiling {wide_bar} {pos}/{len} {msg}")?;
         let bar = ProgressBar::new((archs.len() * SOURCES.len()) as u64).with_style(style);
         let mut modules = Vec::new();
+        let mut warning = None;
         for arch in archs {
             let loaded = load(&store, arch, &|module| {
                 bar.set_message(format!("{} {}", module.source, module.arch));
@@ -28,20 +29,23 @@ impl CompileArgs {
                     nvrtc.version()
                 );
             }
-            match loaded.warning {
-                Some(warning) if self.out.is_some() => bail!("--out: {warning}"),
-                Some(warning) => bar.suspend(|| eprintln!("warning: {warning}")),
-                None => {}
-            }
+            warning = warning.or(loaded.warning);
             modules.extend(loaded.modules);
         }
         bar.finish_and_clear();
+        match warning {
+            Some(warning) if self.out.is_some() => bail!("--out: {warning}"),
+            Some(warning) => eprintln!("warning: {warning}"),
+            None => {}
+        }
         if self.json {
             let kernels: Vec<Value> = modules.iter().flat_map(module_json).collect();
             let nvrtc = nvrtc.version().to_string();
             println!("{}", serde_json::to_string_pretty(&json!({ "nvrtc": nvrtc, "kernels": kernels }))?);
         } else {
             print_table(&modules)?;
+            let compiled = modules.iter().filter(|module| module.origin == Origin::Compiled).count();
+            println!("{} modules, {compiled} compiled now, NVRTC {}", modules.len(), nvrtc.version());
         }
         if self.check { check(&modules) } else { Ok(()) }
     }

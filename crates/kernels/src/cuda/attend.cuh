@@ -73,8 +73,11 @@ struct SliceUnit {
 
     // Keys that `row` sees, from position 0; none if there is no such row.
     __device__ __forceinline__ i32 seen(i32 row, i32 group) const {
-        i32 token = row / group;
-        return token < tokens ? start + token + 1 : 0;
+        return has(row, group) ? start + row / group + 1 : 0;
+    }
+
+    __device__ __forceinline__ bool has(i32 row, i32 group) const {
+        return row < tokens * group;
     }
 
     // The elements before `row` of q and of the result.
@@ -91,35 +94,35 @@ static __device__ __forceinline__ const u16* keys_of(const Attention& attention,
     return attention.kv + index * (2 * BLOCK_KEYS * D);
 }
 
-// c += a · b over a chunk of 32, or of 16, of k: a's rows, b's columns as pieces.
-template <bool WHOLE>
-static __device__ __forceinline__ void multiply(float (&c)[4], uint4 low, uint4 high, uint4 column) {
-    mma_bf16(c, low.x, high.x, low.y, high.y, column.x, column.y);
-    if (WHOLE) {
-        mma_bf16(c, low.z, high.z, low.w, high.w, column.z, column.w);
+// Piece t of a row of Q or K: 16 bytes, or 8 where D is 16.
+template <i32 D> static __device__ __forceinline__ uint4 load_piece(const u16* row, i32 chunk, i32 t) {
+    if constexpr (D == 16) {
+        uint2 half = *reinterpret_cast<const uint2*>(row + 4 * t);
+        return make_uint4(half.x, half.y, 0, 0);
+    } else {
+        return load16(row + 32 * chunk + 8 * t);
     }
 }
 
-// A warp's queries.
+// A warp's queries, as operands.
 template <i32 D> struct Queries {
-    uint4 low[CHUNKS<D>];
-    uint4 high[CHUNKS<D>];
+    uint4 a[2 * CHUNKS<D>];
 
-    static __device__ __forceinline__ uint4 piece(const u16* row, i32 chunk, i32 t) {
-        if constexpr (D == 16) {
-            uint2 half = *reinterpret_cast<const uint2*>(row + 4 * t);
-            return make_uint4(half.x, half.y, 0, 0);
-        } else {
-            return load16(row + 32 * chunk + 8 * t);
-        }
-    }
-
-    // Of the lane's two rows.
-    __device__ __forceinline__ void load(const u16* low_row, const u16* high_row, i32 lane) {
+    // Of the lane's two rows, `first` + lane / 4 and 8 more; zeros of a row that the slice does not have. (The masking also puts the words in their order as operands once
+    // and for all. The compiler would do it at each use, with as many instructions again as there are products.)
+    __device__ __forceinline__ void load(const Attention& attention, const SliceUnit& slice, i32 first, i32 lane) {
+        i32 row = first + lane / 4;
+        i32 last = slice.tokens * attention.group - 1;
+        const u16* low_row = attention.q + slice.place<D>(min(row, last), attention);
+        const u16* high_row = attention.q + slice.place<D>(min(row + 8, last), attention);
+        u32 low_mask = row <= last ? 0xffffffffu : 0;
+        u32 high_mask = row + 8 <= last ? 0xffffffffu : 0;
 #pragma unroll
         for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-            low[chunk] = piece(low_row, chunk, lane % 4);
-            high[chunk] = piece(high_row, chunk, lane % 4);
+            uint4 low = load_piece<D>(low_row, chunk, lane % 4);
+            uint4 high = load_piece<D>(high_row, chunk, lane % 4);
+            a[2 * chunk] = make_uint4(low.x & low_mask, high.x & high_mask, low.y & low_mask, high.y & high_mask);
+            a[2 * chunk + 1] = make_uint4(low.z & low_mask, high.z & high_mask, low.w & low_mask, high.w & high_mask);
         }
     }
 };
@@ -129,21 +132,28 @@ struct Scores {
     float tile[4 * GROUPS][4];
 };
 
-// A warp's weights over a sub-span, in bf16, as pieces of each group.
+// A warp's weights over a sub-span, in bf16, as operands: two for each group.
 struct Weights {
-    uint4 low[GROUPS];
-    uint4 high[GROUPS];
+    uint4 a[2 * GROUPS];
 };
 
 // Adds one chunk's products to a tile of scores; chunks come in ascending order.
 template <i32 D>
 static __device__ __forceinline__ void add_scores(float (&tile)[4], const Queries<D>& queries, i32 chunk, uint4 keys) {
-    multiply<D != 16>(tile, queries.low[chunk], queries.high[chunk], keys);
+    uint4 a = queries.a[2 * chunk];
+    mma_bf16(tile, a.x, a.y, a.z, a.w, keys.x, keys.y);
+    if constexpr (D != 16) {
+        a = queries.a[2 * chunk + 1];
+        mma_bf16(tile, a.x, a.y, a.z, a.w, keys.z, keys.w);
+    }
 }
 
 // Adds one group's weighted values to 8 columns of the output; groups come in ascending order.
 static __device__ __forceinline__ void add_values(float (&tile)[4], const Weights& weights, i32 group, uint4 values) {
-    multiply<true>(tile, weights.low[group], weights.high[group], values);
+    uint4 a = weights.a[2 * group];
+    mma_bf16(tile, a.x, a.y, a.z, a.w, values.x, values.y);
+    a = weights.a[2 * group + 1];
+    mma_bf16(tile, a.x, a.y, a.z, a.w, values.z, values.w);
 }
 
 template <i32 TILES> static __device__ __forceinline__ void clear(float (&tiles)[TILES][4]) {
@@ -220,13 +230,11 @@ static __device__ __forceinline__ void softmax(Scores& scores, float exponent, W
     low = softmax_row<false>(scores, exponent);
     high = softmax_row<true>(scores, exponent);
 #pragma unroll
-    for (i32 group = 0; group < GROUPS; group++) {
-        const float(&tile)[4 * GROUPS][4] = scores.tile;
-        const i32 i = 4 * group;
-        weights.low[group] = make_uint4(pack_bf16x2(tile[i][0], tile[i][1]), pack_bf16x2(tile[i + 1][0], tile[i + 1][1]),
-                                        pack_bf16x2(tile[i + 2][0], tile[i + 2][1]), pack_bf16x2(tile[i + 3][0], tile[i + 3][1]));
-        weights.high[group] = make_uint4(pack_bf16x2(tile[i][2], tile[i][3]), pack_bf16x2(tile[i + 1][2], tile[i + 1][3]),
-                                         pack_bf16x2(tile[i + 2][2], tile[i + 2][3]), pack_bf16x2(tile[i + 3][2], tile[i + 3][3]));
+    for (i32 i = 0; i < 2 * GROUPS; i++) {
+        const float(&first)[4] = scores.tile[2 * i];
+        const float(&second)[4] = scores.tile[2 * i + 1];
+        weights.a[i] = make_uint4(pack_bf16x2(first[0], first[1]), pack_bf16x2(first[2], first[3]),
+                                  pack_bf16x2(second[0], second[1]), pack_bf16x2(second[2], second[3]));
     }
 }
 

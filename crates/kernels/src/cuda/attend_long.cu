@@ -6,7 +6,7 @@
 //   attention: see attend.cuh.
 //   tiles: u32 pairs (slice, first row): rows first row..first row + 63 of the slice, each (token, head), see attend.cuh; first row
 //     is a multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
-//     Tiles of many keys first. Aligned to 8 bytes.
+//     Tiles of many keys first.
 //   scale: of the scores, f32, positive.
 //   out: bf16 [T, units · group · D].
 //
@@ -82,7 +82,7 @@ static __device__ __forceinline__ void score_block(Scores& scores, const Queries
                 i32 key = GROUP_KEYS * part + 2 * i;
                 uint4 keys;
                 if constexpr (D == 16) {
-                    keys = Queries<D>::piece(row + (key * D - 4 * (lane % 4)), 0, 0);
+                    keys = load_piece<D>(row + (key * D - 4 * (lane % 4)), 0, 0);
                 } else if constexpr (D == 32) {
                     keys = load16(row + key * D);
                 } else {
@@ -127,9 +127,9 @@ static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], cons
 
 // Writes one of the lane's two rows, if the slice has it.
 template <i32 D, i32 HIGH>
-static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, u32 first_row, const float4* total,
+static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, i32 first_row, const float4* total,
                                                  float factor, u16* out) {
-    i32 row = static_cast<i32>(first_row + threadIdx.x / 32 * TILE_ROWS + threadIdx.x % 32 / 4) + 8 * HIGH;
+    i32 row = first_row + static_cast<i32>(threadIdx.x % 32 / 4) + 8 * HIGH;
     if (row >= slice.tokens * attention.group) {
         return;
     }
@@ -144,19 +144,20 @@ static __device__ __forceinline__ void write_row(const Attention& attention, con
 }
 
 template <i32 D>
-static __device__ __forceinline__ void attend_long(const Attention& attention, const uint2* tiles, float scale, u16* out) {
-    uint2 work = tiles[blockIdx.x];
-    if (work.x == NO_SLICE) {
+static __device__ __forceinline__ void attend_long(const Attention& attention, const u32* tiles, float scale, u16* out) {
+    u32 slice_index = tiles[2 * blockIdx.x];
+    if (slice_index == NO_SLICE) {
         return;
     }
+    i32 tile_row = static_cast<i32>(tiles[2 * blockIdx.x + 1]);
     i32 lane = threadIdx.x % 32;
     i32 unit = static_cast<i32>(blockIdx.y);
     float exponent = exponent_of(scale);
-    SliceUnit slice = SliceUnit::at(attention, work.x, unit);
+    SliceUnit slice = SliceUnit::at(attention, slice_index, unit);
     i32 rows = slice.tokens * attention.group;
-    i32 first_row = static_cast<i32>(work.y) + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
+    i32 first_row = tile_row + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
     // Keys that the last row of the tile sees, and of the warp.
-    i32 keys = slice.seen(min(static_cast<i32>(work.y) + WARPS * TILE_ROWS, rows) - 1, attention.group);
+    i32 keys = slice.seen(min(tile_row + WARPS * TILE_ROWS, rows) - 1, attention.group);
     i32 warp_keys = first_row < rows ? slice.seen(min(first_row + TILE_ROWS, rows) - 1, attention.group) : 0;
     i32 seen_low = slice.seen(first_row + lane / 4, attention.group);
     i32 seen_high = slice.seen(first_row + lane / 4 + 8, attention.group);
@@ -171,9 +172,8 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     };
     copy_keys<D>(tile(0), block(0), keys);
 
-    // A row that the slice does not have is another one, that sees nothing.
-    const u16* q_low = attention.q + slice.place<D>(min(first_row + lane / 4, rows - 1), attention);
-    const u16* q_high = attention.q + slice.place<D>(min(first_row + lane / 4 + 8, rows - 1), attention);
+    Queries<D> queries;
+    queries.load(attention, slice, first_row, lane);
     // The total outputs: of each tile of 8 columns, this thread's four numbers side by side.
     float4* total = dynamic_shared<float4>() + TILES * BLOCK_KEYS * D / 8 + threadIdx.x;
 #pragma unroll
@@ -188,16 +188,13 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
 #pragma unroll 1
     for (i32 first = 0; first < keys; first += SUB_SPAN_KEYS) {
         i32 left = keys - first;
-        // Read each time, from L1 mostly: registers are scarcest with the values.
-        Queries<D> queries;
-        queries.load(q_low, q_high, lane);
         Scores scores;
         clear(scores.tile);
         cp_async_wait<0>();
         __syncthreads();
         copy_keys<D>(tile(1), block(first + BLOCK_KEYS), left - BLOCK_KEYS);
         copy_values<D>(tile(2), block(first) + BLOCK_KEYS * D, left);
-        if (first < warp_keys) {
+        if (first < warp_keys) {  // also keeps the compiler from moving these products past the barrier, where registers lack
             score_block<D>(scores, queries, tile(0), 0, lane);
         }
         cp_async_wait<1>();
@@ -237,14 +234,14 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     cp_async_wait<0>();
 
     // Read again: registers are scarce above.
-    work = tiles[blockIdx.x];
-    slice = SliceUnit::at(attention, work.x, unit);
-    write_row<D, 0>(attention, slice, work.y, total, normaliser(total_low), out);
-    write_row<D, 1>(attention, slice, work.y, total, normaliser(total_high), out);
+    slice = SliceUnit::at(attention, tiles[2 * blockIdx.x], unit);
+    first_row = static_cast<i32>(tiles[2 * blockIdx.x + 1]) + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
+    write_row<D, 0>(attention, slice, first_row, total, normaliser(total_low), out);
+    write_row<D, 1>(attention, slice, first_row, total, normaliser(total_high), out);
 }
 
 #define ATTEND_LONG(D)                                                                                     \
-    KERNEL(128, 2, attend_long_d##D, (Attention attention, const uint2* tiles, float scale, u16* out)) { \
+    KERNEL(128, 2, attend_long_d##D, (Attention attention, const u32* tiles, float scale, u16* out)) { \
         attend_long<D>(attention, tiles, scale, out);                                                      \
     }
 

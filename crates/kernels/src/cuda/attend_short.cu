@@ -26,7 +26,6 @@ static __device__ __forceinline__ i32 last_at_most(const u32* offsets, i32 count
 }
 
 // A lane's pieces of the keys and then of the values of a sub-span, in the order of their use. DEPTH of them are always under way.
-// Keys past the slice's end are replaced by its last one (their scores are hidden), values past it by zeros.
 template <i32 D> struct Pieces {
     static constexpr i32 COLUMN_TILES = D == 16 ? 2 : 4;  // that are worked on together
     static constexpr i32 KEY_PIECES = GROUPS * CHUNKS<D> * 4;
@@ -34,30 +33,19 @@ template <i32 D> struct Pieces {
     static constexpr i32 DEPTH = 16;
 
     uint4 ring[DEPTH];
-    const u16* keys[2];   // of the two blocks, at the lane's column
-    i32 last[2];          // the last key in each
-    i32 row;              // the lane's row of a group of keys, for tile 0
-    const u16* values[GROUPS];
-    i32 left;             // keys from the lane's first of group 0 to the end
+    const u16* keys[2];  // of the two blocks, at the lane's row of a tile 0, and column
+    const u16* values[2];
 
-    // `length` keys, at least 1, are in the sub-span and the slice; `table` has the sub-span's blocks.
+    // `length` keys, at least 1, are in the sub-span and the slice; `table` has the sub-span's blocks. If there is but one it is
+    // read twice: the second time it is hidden, and costs no memory traffic.
     __device__ __forceinline__ Pieces(const Attention& attention, const u32* table, i32 unit, i32 length, i32 lane) {
         i32 t = lane % 4;
         i32 q = lane / 4;
-        u32 block = table[0];
-        u32 next = length > BLOCK_KEYS ? table[1] : block;
-        const u16* base[2] = {keys_of<D>(attention, block, unit), keys_of<D>(attention, next, unit)};
-        row = 8 * (q / 2) + q % 2;
-        left = length - 8 * t;
 #pragma unroll
         for (i32 half = 0; half < 2; half++) {
-            last[half] = min(max(length - BLOCK_KEYS * half, 1), BLOCK_KEYS) - 1;
-            keys[half] = base[half] + (D == 16 ? 4 : 8) * t;
-#pragma unroll
-            for (i32 part = 0; part < 2; part++) {
-                i32 key = min(GROUP_KEYS * part + 8 * t, last[half] / 8 * 8);
-                values[2 * half + part] = base[half] + (BLOCK_KEYS * D + q * BLOCK_KEYS + key);
-            }
+            const u16* block = keys_of<D>(attention, table[length > BLOCK_KEYS ? half : 0], unit);
+            keys[half] = block + (8 * (q / 2) + q % 2) * D + (D == 16 ? 4 : 8) * t;
+            values[half] = block + BLOCK_KEYS * D + q * BLOCK_KEYS + 8 * t;
         }
 #pragma unroll
         for (i32 i = 0; i < DEPTH; i++) {
@@ -68,18 +56,16 @@ template <i32 D> struct Pieces {
     __device__ __forceinline__ uint4 load(i32 i) const {
         if (i < KEY_PIECES) {
             i32 group = i / (4 * CHUNKS<D>), chunk = i / 4 % CHUNKS<D>, tile = i % 4;
-            i32 key = min(GROUP_KEYS * (group % 2) + 2 * tile + row, last[group / 2]);
-            const u16* at = keys[group / 2] + key * D;
+            const u16* key = keys[group / 2] + (GROUP_KEYS * (group % 2) + 2 * tile) * D;
             if constexpr (D == 16) {
-                uint2 half = *reinterpret_cast<const uint2*>(at);
-                return make_uint4(half.x, half.y, 0, 0);
+                return load_piece<D>(key, 0, 0);
             } else {
-                return load_stream16(at + 32 * chunk);
+                return load_stream16(key + 32 * chunk);
             }
         }
         i -= KEY_PIECES;
         i32 columns = i / (GROUPS * COLUMN_TILES), group = i / COLUMN_TILES % GROUPS, tile = i % COLUMN_TILES;
-        return load_stream16(values[group] + 8 * BLOCK_KEYS * (columns * COLUMN_TILES + tile));
+        return load_stream16(values[group / 2] + GROUP_KEYS * (group % 2) + 8 * BLOCK_KEYS * (columns * COLUMN_TILES + tile));
     }
 
     __device__ __forceinline__ uint4 take(i32 i) {
@@ -94,34 +80,44 @@ template <i32 D> struct Pieces {
         return take((group * CHUNKS<D> + chunk) * 4 + tile);
     }
 
-    // Of the tile's columns, `columns` being its COLUMN_TILES tiles.
+    // Instead of taking those of the second block.
+    __device__ __forceinline__ void skip_second_keys() {
+#pragma unroll
+        for (i32 i = KEY_PIECES; i < KEY_PIECES + DEPTH && i < PIECES; i++) {
+            ring[i % DEPTH] = load(i);
+        }
+    }
+
     __device__ __forceinline__ uint4 take_values(i32 columns, i32 group, i32 tile) {
-        uint4 piece = take(KEY_PIECES + (columns * GROUPS + group) * COLUMN_TILES + tile);
-        i32 count = left - GROUP_KEYS * group;
-        return count < 8 ? keep_first(piece, count) : piece;
+        return take(KEY_PIECES + (columns * GROUPS + group) * COLUMN_TILES + tile);
     }
 };
 
-// The states of a block's four sub-spans.
-template <i32 D> struct SubSpans {
+// A span: of which slice, and its first key.
+struct Span {
+    SliceUnit slice;
+    i32 first;
+
+    // Its sub-spans that have keys, at most 4 of them.
+    __device__ __forceinline__ i32 sub_spans() const {
+        return min(ceil_div(slice.start + slice.tokens - first, SUB_SPAN_KEYS), WARPS);
+    }
+};
+
+// What the warps of a block share: spans (this one and the next in turns), and the states of the four sub-spans.
+template <i32 D> struct Shared {
     static constexpr i32 STRIDE = D + 8;  // so that a warp's rows fall into different banks
 
+    Span spans[2];
     float outputs[WARPS][TILE_ROWS][STRIDE];
     State states[WARPS][TILE_ROWS];
 };
 
-// One warp's sub-span, from key `first`.
-template <i32 D>
-static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice, i32 first,
-                                                       float exponent, SubSpans<D>& results, i32 warp, i32 lane) {
-    i32 length = min(slice.start + slice.tokens - first, SUB_SPAN_KEYS);
-    Pieces<D> pieces(attention, slice.table + first / BLOCK_KEYS, slice.unit, length, lane);
-    Queries<D> queries;
-    queries.load(attention, slice, 0, lane);
-    Scores scores;
-    clear(scores.tile);
+// The scores of block `HALF` of a sub-span.
+template <i32 D, i32 HALF>
+static __device__ __forceinline__ void score_block(Scores& scores, const Queries<D>& queries, Pieces<D>& pieces) {
 #pragma unroll
-    for (i32 group = 0; group < GROUPS; group++) {
+    for (i32 group = 2 * HALF; group < 2 * HALF + 2; group++) {
 #pragma unroll
         for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
 #pragma unroll
@@ -130,15 +126,12 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
             }
         }
     }
-    i32 row = lane / 4;
-    hide_keys(scores, slice.seen(row, attention.group) - first, slice.seen(row + 8, attention.group) - first, lane);
-    Weights weights;
-    State low, high;
-    softmax(scores, exponent, weights, low, high);
-    if (lane % 4 == 0) {
-        results.states[warp][row] = low;
-        results.states[warp][row + 8] = high;
-    }
+}
+
+// The weighted values of a warp's sub-span. Unless it is WHOLE, its values from key `length` on are replaced by zeros.
+template <i32 D, bool WHOLE>
+static __device__ __forceinline__ void weigh_values(Pieces<D>& pieces, const Weights& weights, i32 length,
+                                                    float (*outputs)[Shared<D>::STRIDE], i32 lane) {
     constexpr i32 TILES = Pieces<D>::COLUMN_TILES;
 #pragma unroll
     for (i32 columns = 0; columns < D / 8 / TILES; columns++) {
@@ -148,21 +141,57 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
         for (i32 group = 0; group < GROUPS; group++) {
 #pragma unroll
             for (i32 tile = 0; tile < TILES; tile++) {
-                add_values(o[tile], weights, group, pieces.take_values(columns, group, tile));
+                uint4 values = pieces.take_values(columns, group, tile);
+                if (!WHOLE) {
+                    values = keep_first(values, length - GROUP_KEYS * group - 8 * (lane % 4));
+                }
+                add_values(o[tile], weights, group, values);
             }
         }
 #pragma unroll
         for (i32 tile = 0; tile < TILES; tile++) {
             i32 column = 8 * (columns * TILES + tile) + 2 * (lane % 4);
-            *reinterpret_cast<float2*>(&results.outputs[warp][row][column]) = make_float2(o[tile][0], o[tile][1]);
-            *reinterpret_cast<float2*>(&results.outputs[warp][row + 8][column]) = make_float2(o[tile][2], o[tile][3]);
+            *reinterpret_cast<float2*>(&outputs[lane / 4][column]) = make_float2(o[tile][0], o[tile][1]);
+            *reinterpret_cast<float2*>(&outputs[lane / 4 + 8][column]) = make_float2(o[tile][2], o[tile][3]);
         }
+    }
+}
+
+// One warp's sub-span, from key `first`.
+template <i32 D>
+static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice, i32 first,
+                                                       float exponent, Shared<D>& results, i32 warp, i32 lane) {
+    i32 length = min(slice.start + slice.tokens - first, SUB_SPAN_KEYS);
+    i32 row = lane / 4;
+    Queries<D> queries;
+    queries.load(attention, slice, 0, lane);
+    Pieces<D> pieces(attention, slice.table + first / BLOCK_KEYS, slice.unit, length, lane);
+    Scores scores;
+    clear(scores.tile);
+    score_block<D, 0>(scores, queries, pieces);
+    if (length > BLOCK_KEYS) {
+        score_block<D, 1>(scores, queries, pieces);
+    } else {
+        pieces.skip_second_keys();
+    }
+    hide_keys(scores, slice.seen(row, attention.group) - first, slice.seen(row + 8, attention.group) - first, lane);
+    Weights weights;
+    State low, high;
+    softmax(scores, exponent, weights, low, high);
+    if (lane % 4 == 0) {
+        results.states[warp][row] = low;
+        results.states[warp][row + 8] = high;
+    }
+    if (length == SUB_SPAN_KEYS) {
+        weigh_values<D, true>(pieces, weights, length, results.outputs[warp], lane);
+    } else {
+        weigh_values<D, false>(pieces, weights, length, results.outputs[warp], lane);
     }
 }
 
 // Folds the block's sub-spans and writes the span's state; `item` counts rows of `splits`. 8 threads work on a row.
 template <i32 D>
-static __device__ __forceinline__ void write_span(const SubSpans<D>& results, i32 sub_spans, i32 rows, i64 item, float exponent,
+static __device__ __forceinline__ void write_span(const Shared<D>& results, i32 sub_spans, i32 rows, i64 item, float exponent,
                                                   const Splits& splits) {
     i32 row = threadIdx.x / 8;
     if (row >= rows) {
@@ -197,32 +226,40 @@ static __device__ __forceinline__ void write_span(const SubSpans<D>& results, i3
 
 template <i32 D>
 static __device__ __forceinline__ void attend_short(const Attention& attention, const Splits& splits, float scale,
-                                                    i32 rows_per_item, SubSpans<D>& results) {
+                                                    i32 rows_per_item, Shared<D>& shared) {
     i32 lane = threadIdx.x % 32;
     i32 warp = threadIdx.x / 32;
-    i32 unit = static_cast<i32>(blockIdx.y);
     float exponent = exponent_of(scale);
-    i32 count = static_cast<i32>(*splits.count);
-    u32 spans = splits.span_offset[count];
-    for (u32 span = blockIdx.x; span < spans; span += gridDim.x) {
-        i32 index = last_at_most(splits.span_offset, count, span, lane);
-        SliceUnit slice = SliceUnit::at(attention, splits.slices[index], unit);
-        i32 first = static_cast<i32>(span - splits.span_offset[index]) * SPAN_KEYS;
-        i32 sub_spans = min(ceil_div(slice.start + slice.tokens - first, SUB_SPAN_KEYS), WARPS);
-        if (warp < sub_spans) {
-            attend_sub_span<D>(attention, slice, first + warp * SUB_SPAN_KEYS, exponent, results, warp, lane);
+    i32 turn = 0;
+    for (u32 index = blockIdx.x;; index += gridDim.x) {
+        i32 count = static_cast<i32>(*splits.count);
+        if (index >= splits.span_offset[count]) {
+            return;
+        }
+        turn ^= 1;
+        if (warp == 0) {
+            i32 place = last_at_most(splits.span_offset, count, index, lane);
+            SliceUnit slice = SliceUnit::at(attention, splits.slices[place], static_cast<i32>(blockIdx.y));
+            if (lane == 0) {
+                shared.spans[turn] = Span{slice, static_cast<i32>(index - splits.span_offset[place]) * SPAN_KEYS};
+            }
         }
         __syncthreads();
-        i64 item = (static_cast<i64>(span) * attention.units + unit) * rows_per_item;
-        write_span<D>(results, sub_spans, slice.tokens * attention.group, item, exponent, splits);
+        if (warp < shared.spans[turn].sub_spans()) {
+            Span span = shared.spans[turn];
+            attend_sub_span<D>(attention, span.slice, span.first + warp * SUB_SPAN_KEYS, exponent, shared, warp, lane);
+        }
         __syncthreads();
+        Span span = shared.spans[turn];
+        i64 item = (static_cast<i64>(index) * attention.units + span.slice.unit) * rows_per_item;
+        write_span<D>(shared, span.sub_spans(), span.slice.tokens * attention.group, item, exponent, splits);
     }
 }
 
 #define ATTEND_SHORT(D)                                                                                          \
     KERNEL(128, 2, attend_short_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item)) { \
-        __shared__ SubSpans<D> results;                                                                          \
-        attend_short<D>(attention, splits, scale, rows_per_item, results);                                       \
+        __shared__ Shared<D> shared;                                                                             \
+        attend_short<D>(attention, splits, scale, rows_per_item, shared);                                        \
     }
 
 ATTEND_SHORT(16)

@@ -144,18 +144,23 @@ impl Loader<'_> {
         }
         let compiled = nvrtc.compile(source, HEADERS, arch)?;
         if let Some(folder) = cache
+            && is_code(&compiled.image)
             && let Err(error) = folder.write(&key, nvrtc.version(), &compiled)
         {
             // One such line is enough: the others would say the same.
             let folder = folder.path().display();
             self.warning.get_or_init(|| {
-                format!(
-                    "compiled kernels cannot be kept in {folder}, the next start compiles them again: {error}"
-                )
+                format!("compiled kernels cannot be kept in {folder}, so each start compiles them: {error}")
             });
         }
         Ok(Module::new(source, arch, Origin::Compiled, compiled))
     }
+}
+
+/// Whether a GPU could take it: a cubin is an ELF file, and PTX opens with its compiler's comment. What the emulator of the tests
+/// makes is neither, and must not be found later by a real driver.
+fn is_code(image: &[u8]) -> bool {
+    image.starts_with(b"\x7fELF") || image.starts_with(b"//")
 }
 
 /// `work` on each item, on this machine's cores; results are in the items' order.
@@ -191,6 +196,7 @@ mod tests {
     use std::fs::{self, File};
 
     use super::*;
+    use crate::cuda::Version;
     use crate::cuda::limits::violations;
 
     /// Set by CI, where a test that needs NVRTC must not pass for want of it.
@@ -246,6 +252,7 @@ mod tests {
         }
         for module in load(&Store::none(), Arch::Compute90, &|_| {}).unwrap().modules {
             let text = std::str::from_utf8(&module.image).unwrap();
+            assert!(is_code(&module.image));
             assert!(text.contains(".target sm_90") && text.ends_with('\0'), "{}: not PTX", module.source);
             assert_eq!(module.usage(), []);
         }
@@ -277,6 +284,30 @@ mod tests {
             assert_eq!((&first.image, first.usage()), (&second.image, second.usage()));
             assert_eq!(second.image, third.image);
         }
+    }
+
+    #[test]
+    fn without_nvrtc_modules_of_any_version_will_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new(folder.path().to_owned());
+        let cache = Store { given: None, cache: Some(folder.clone()) };
+        let given = Store { given: Some(folder.clone()), cache: None };
+        let load = |store| {
+            let loader = Loader {
+                store,
+                arch: Arch::Sm80,
+                compiler: LazyLock::new(|| Err(CompileError::NoCompiler)),
+                warning: OnceLock::new(),
+            };
+            loader.load(&SOURCES[0]).map(|module| (module.origin, module.image))
+        };
+        assert_eq!(load(&cache), Err(CompileError::NoCompiler));
+        assert_eq!(load(&given), Err(CompileError::NoCompiler));
+        let compiled = Compiled { image: b"\x7fELF".to_vec(), log: String::new() };
+        let key = Key::new(&SOURCES[0], HEADERS, Arch::Sm80);
+        folder.write(&key, Version { major: 12, minor: 9 }, &compiled).unwrap();
+        assert_eq!(load(&cache), Ok((Origin::Cached, compiled.image.clone())));
+        assert_eq!(load(&given), Ok((Origin::Given, compiled.image)));
     }
 
     #[test]

@@ -28,6 +28,7 @@ pub const SOURCES: &[Source] = &[
     source!("norm.cu"),
     source!("one_shot.cu"),
     source!("pack.cu"),
+    source!("rope.cu"),
     source!("sample.cu"),
 ];
 

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::header::Entry;
 use crate::config::ConfigError;
 
 /// Why a checkpoint cannot be opened, read or written.
@@ -66,7 +67,7 @@ pub enum CheckpointError {
         /// What is wrong.
         detail: String,
     },
-    /// The header contradicts itself about a tensor.
+    /// A tensor that its header or its config contradicts.
     #[error("{}: tensor {tensor} {detail}", path.display())]
     Entry {
         /// The file.
@@ -121,7 +122,7 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// Elements that the kernels do not take.
-    #[error("{}: tensor {tensor} is of dtype {found}, expected F32, F16 or BF16", path.display())]
+    #[error("{}: tensor {tensor} is of dtype {found}, expected {expected}", path.display())]
     DType {
         /// The file.
         path: PathBuf,
@@ -129,6 +130,8 @@ pub enum CheckpointError {
         tensor: String,
         /// Its dtype.
         found: String,
+        /// Those that it may have.
+        expected: &'static str,
     },
     /// Both sets of names at once.
     #[error(
@@ -178,5 +181,15 @@ pub enum CheckpointError {
 impl CheckpointError {
     pub(super) fn io(path: &Path, source: io::Error) -> Self {
         CheckpointError::Io { path: path.to_owned(), source }
+    }
+
+    pub(super) fn entry(entry: &Entry, path: &Path, detail: &str) -> Self {
+        let (path, tensor, detail) = (path.to_owned(), entry.name.clone(), detail.to_owned());
+        CheckpointError::Entry { path, tensor, detail }
+    }
+
+    pub(super) fn dtype(entry: &Entry, path: &Path, expected: &'static str) -> Self {
+        let (path, tensor, found) = (path.to_owned(), entry.name.clone(), entry.dtype.to_string());
+        CheckpointError::DType { path, tensor, found, expected }
     }
 }

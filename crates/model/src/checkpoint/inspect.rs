@@ -11,17 +11,17 @@ use serde::Serialize;
 
 use super::Checkpoint;
 use super::error::CheckpointError;
-use crate::config::Config;
+use crate::config::{Config, Quantization};
 use crate::names::{Naming, Tensor};
 
-/// The facts of a checkpoint; the sums over ranks assume bf16 weights and bf16 KV.
+/// The facts of a checkpoint; the sums over ranks assume bf16 KV, and bf16 weights where not said otherwise.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Inspection {
     /// The class that the config names.
     pub architecture: String,
     /// The names of the tensors.
     pub naming: Naming,
-    /// Tensors of the model by element type.
+    /// Tensors of the model by element type, or by how they are quantised; a quantised projection counts as one.
     pub dtypes: BTreeMap<String, usize>,
     /// Elements of the model's tensors; a tied head counts once.
     pub parameters: u64,
@@ -69,6 +69,8 @@ pub struct RankBytes {
     pub units: Range<usize>,
     /// Bytes of its weights: its units', and the norms, which every rank holds.
     pub weight_bytes: u64,
+    /// The same with projections as quantised as in the checkpoint, and their scales in 16 bits; `None` where they are plain.
+    pub quantized_weight_bytes: Option<u64>,
     /// Bytes of KV for each token of context.
     pub kv_bytes_per_token: u64,
 }
@@ -81,9 +83,13 @@ pub fn inspect(dir: &Path) -> Result<Inspection, CheckpointError> {
     let mut dtypes = BTreeMap::new();
     let mut parameters = 0;
     for tensor in Tensor::all(shape.layers, config.tied) {
-        let [rows, cols] = checkpoint.shape(tensor)?;
+        let [rows, cols] = checkpoint.shape(tensor);
         parameters += (rows * cols) as u64;
-        *dtypes.entry(format!("{:?}", checkpoint.dtype(tensor)?).to_lowercase()).or_default() += 1;
+        let kind = match checkpoint.quantization(tensor) {
+            Some(quantization) => quantization.to_string(),
+            None => format!("{:?}", checkpoint.dtype(tensor)?).to_lowercase(),
+        };
+        *dtypes.entry(kind).or_default() += 1;
     }
     let files = &checkpoint.weights.files;
     Ok(Inspection {
@@ -103,19 +109,22 @@ pub fn inspect(dir: &Path) -> Result<Inspection, CheckpointError> {
         ffn: shape.ffn,
         vocab: shape.vocab,
         units: shape.kv_heads,
-        widths: widths(&shape),
+        widths: widths(&shape, config.quantization),
         architecture: config.architecture,
     })
 }
 
-fn widths(shape: &ModelShape) -> Vec<WidthBytes> {
+fn widths(shape: &ModelShape, quantization: Option<Quantization>) -> Vec<WidthBytes> {
     let size = DType::Bf16.size();
-    let of_units: Vec<u64> =
-        units(shape).iter().map(|unit| (unit_elements(unit, shape) * size) as u64).collect();
     let norms = ((2 * shape.layers + 1) * shape.hidden * size) as u64;
+    let of_units = |quantization| -> Vec<u64> {
+        units(shape).iter().map(|unit| unit_bytes(unit, shape, quantization) as u64).collect()
+    };
+    let (plain, quantized) = (of_units(None), quantization.map(|how| of_units(Some(how))));
     let kv_of_unit = (2 * shape.layers * shape.head_dim * size) as u64;
     let rank = |units: Range<usize>| RankBytes {
-        weight_bytes: norms + of_units[units.clone()].iter().sum::<u64>(),
+        weight_bytes: norms + plain[units.clone()].iter().sum::<u64>(),
+        quantized_weight_bytes: quantized.as_ref().map(|of| norms + of[units.clone()].iter().sum::<u64>()),
         kv_bytes_per_token: kv_of_unit * units.len() as u64,
         units,
     };
@@ -126,12 +135,25 @@ fn widths(shape: &ModelShape) -> Vec<WidthBytes> {
         .collect()
 }
 
-/// Weights that a unit has of its own. A head is held apart from the embedding even where they are tied: one
+/// Bytes of the weights that a unit has of its own. A head is held apart from the embedding even where they are tied: one
 /// is a table of rows, the other a matrix in the kernels' layout.
-fn unit_elements(unit: &Unit, shape: &ModelShape) -> usize {
-    let attention = 2 * (unit.heads.len() + 1) * shape.head_dim * shape.hidden;
-    let ffn = 3 * unit.ffn.len() * shape.hidden;
-    shape.layers * (attention + ffn) + 2 * unit.vocab.len() * shape.hidden
+fn unit_bytes(unit: &Unit, shape: &ModelShape, quantization: Option<Quantization>) -> usize {
+    let size = DType::Bf16.size();
+    let (queries, ffn) = (unit.heads.len() * shape.head_dim, unit.ffn.len());
+    let projections = [
+        (queries + 2 * shape.head_dim, shape.hidden),
+        (shape.hidden, queries),
+        (2 * ffn, shape.hidden),
+        (shape.hidden, ffn),
+    ];
+    let bytes = projections.map(|(rows, cols)| match quantization {
+        None => rows * cols * size,
+        Some(how) => {
+            let scales = rows * how.groups(cols) * DType::Bf16.size();
+            (rows * cols + rows * how.groups(cols)) * how.bits / 8 + scales
+        }
+    });
+    shape.layers * bytes.iter().sum::<usize>() + 2 * unit.vocab.len() * shape.hidden * size
 }
 
 impl fmt::Display for Inspection {
@@ -153,12 +175,20 @@ impl fmt::Display for Inspection {
             if self.tied { ", tied" } else { "" },
         )?;
         writeln!(f, "context {} tokens, rope theta {}", self.context, self.rope_theta)?;
-        writeln!(f, "width  units a rank  weights a rank, bf16    KV a token and rank")?;
+        let is_quantized =
+            self.widths.iter().flat_map(|w| &w.ranks).any(|r| r.quantized_weight_bytes.is_some());
+        let quantized = if is_quantized { "quantised               " } else { "" };
+        writeln!(f, "width  units a rank  weights a rank, bf16    {quantized}KV a token and rank")?;
         for width in &self.widths {
             let units = spread(width, |rank| rank.units.len().to_string());
             let weights = spread(width, |rank| decimal(rank.weight_bytes) + "B");
             let kv = spread(width, |rank| decimal(rank.kv_bytes_per_token) + "B");
-            writeln!(f, "{:>5}  {units:<12}  {weights:<22}  {kv}", width.ranks.len())?;
+            write!(f, "{:>5}  {units:<12}  {weights:<22}  ", width.ranks.len())?;
+            if is_quantized {
+                let weights = spread(width, |rank| decimal(rank.quantized_weight_bytes.unwrap_or(0)) + "B");
+                write!(f, "{weights:<22}  ")?;
+            }
+            writeln!(f, "{kv}")?;
         }
         Ok(())
     }
@@ -200,7 +230,7 @@ mod tests {
             ffn: 20480,
             vocab: 64000,
         };
-        let widths = widths(&shape);
+        let widths = widths(&shape, None);
         assert_eq!(widths.len(), 8);
         let whole = &widths[0].ranks[0];
         assert_eq!((whole.weight_bytes / 2, whole.kv_bytes_per_token), (34_388_917_248, 245_760));

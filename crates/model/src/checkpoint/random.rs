@@ -9,28 +9,37 @@ const FACTORS: [u64; 2] = [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb];
 /// Offset and factor of the FNV-1a hash of 64 bits.
 const FNV: [u64; 2] = [0xcbf2_9ce4_8422_2325, 0x0000_0100_0000_01b3];
 
-/// Numbers of mean 0 and standard deviation 1, none farther out than 3.5.
+/// A stream of random bits.
 #[derive(Debug, Clone)]
-pub(super) struct Normal {
+pub(super) struct Random {
     state: u64,
 }
 
-impl Normal {
+impl Random {
     /// The stream of a tensor, which depends on the seed and on its name alone.
-    pub(super) fn new(seed: u64, name: &str) -> Normal {
+    pub(super) fn new(seed: u64, name: &str) -> Random {
         let hash = name.bytes().fold(FNV[0], |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(FNV[1]));
-        Normal { state: finalize(seed.wrapping_add(INCREMENT)) ^ hash }
+        Random { state: finalize(seed.wrapping_add(INCREMENT)) ^ hash }
     }
 
-    /// The next number.
-    pub(super) fn next(&mut self) -> f32 {
+    /// The next number of mean 0 and standard deviation 1, none farther out than 3.5.
+    pub(super) fn normal(&mut self) -> f32 {
         /// Of the sum of four uniform whole numbers below 2^16: mean, and 1 / standard deviation.
         const MEAN: i32 = 2 * 65535;
         const SCALE: f32 = 1.0 / 37_837.227;
-        self.state = self.state.wrapping_add(INCREMENT);
-        let bits = finalize(self.state);
+        let bits = self.bits();
         let sum = (0..4).map(|part| (bits >> (16 * part)) as u16 as i32).sum::<i32>();
         (sum - MEAN) as f32 * SCALE
+    }
+
+    /// The next word, all as likely.
+    pub(super) fn word(&mut self) -> u32 {
+        (self.bits() >> 32) as u32
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(INCREMENT);
+        finalize(self.state)
     }
 }
 
@@ -46,8 +55,8 @@ mod tests {
 
     #[test]
     fn numbers_are_nearly_normal() {
-        let mut normal = Normal::new(1, "a");
-        let numbers: Vec<f64> = (0..1_000_000).map(|_| f64::from(normal.next())).collect();
+        let mut random = Random::new(1, "a");
+        let numbers: Vec<f64> = (0..1_000_000).map(|_| f64::from(random.normal())).collect();
         let mean = |f: &dyn Fn(f64) -> f64| numbers.iter().map(|&x| f(x)).sum::<f64>() / numbers.len() as f64;
         assert!(mean(&|x| x).abs() < 5e-3);
         assert!((mean(&|x| x * x) - 1.0).abs() < 5e-3);
@@ -59,8 +68,8 @@ mod tests {
     #[test]
     fn a_stream_is_its_seeds_and_its_names() {
         let start = |seed, name| {
-            let mut normal = Normal::new(seed, name);
-            [normal.next(), normal.next()]
+            let mut random = Random::new(seed, name);
+            [random.normal(), random.normal()]
         };
         assert_eq!(start(1, "a"), start(1, "a"));
         assert_ne!(start(1, "a"), start(2, "a"));

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use engine::ModelShape;
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 use kernels::SourceType;
@@ -14,11 +13,12 @@ use serde_json::{Map, Value, json};
 use super::error::CheckpointError;
 use super::header::{Entry, Header};
 use super::output::Output;
-use super::random::Normal;
+use super::quantized::stored_shape;
+use super::random::Random;
 use super::rename::retarget;
 use super::weights::{INDEX, SINGLE};
-use crate::config::{Config, read_json};
-use crate::names::{LayerTensor, Naming, Tensor};
+use crate::config::{Config, Layout, Quantization, read_json};
+use crate::names::{LayerTensor, Naming, QuantizedPart, Tensor};
 
 /// Elements that are made at a time.
 const CHUNK: usize = 1 << 18;
@@ -32,7 +32,7 @@ pub struct Synthesis {
     pub seed: u64,
     /// A file of weights gets no more data than this, or a single tensor.
     pub max_shard_bytes: u64,
-    /// Of every tensor.
+    /// Of every tensor that is not quantised.
     pub dtype: SourceType,
     /// The names, and the `architectures` and `model_type` of the config; the numbers do not depend on it.
     pub naming: Naming,
@@ -48,7 +48,8 @@ impl Default for Synthesis {
 /// returns its parameters.
 ///
 /// Matrices are normal with a standard deviation of 1/√(columns), so that activations keep their size; an
-/// untied embedding has 1; norms are near 1. The config is copied, naming what was made, and so is a
+/// untied embedding has 1; norms are near 1. Where the config has a `quantization_config`, projections are quantised
+/// accordingly, with values that are all as likely. The config is copied, naming what was made, and so is a
 /// `generation_config.json` beside it; there is no tokenizer. Works in pieces of 1 MiB.
 pub fn synthesize(
     config_path: &Path,
@@ -58,7 +59,7 @@ pub fn synthesize(
 ) -> Result<u64, CheckpointError> {
     let config = Config::from_file(config_path)?;
     let shards = shards(&config, synthesis);
-    let data: u64 = shards.iter().map(|shard| data_bytes(shard, &config.shape, synthesis.dtype)).sum();
+    let data: u64 = shards.iter().flatten().map(|stored| stored.bytes(&config, synthesis.dtype)).sum();
     progress.set_length(data);
     let output = Output::create(out, None)?;
     let mut weight_map = Map::new();
@@ -67,13 +68,13 @@ pub fn synthesize(
             1 => SINGLE.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
         };
-        let header = header(shard, &config.shape, synthesis);
+        let header = header(shard, &config, synthesis);
         weight_map.extend(header.tensors.iter().map(|entry| (entry.name.clone(), name.clone().into())));
         output.write(&name, |file, path| {
             file.write_all(&header.encode()).map_err(|source| CheckpointError::io(path, source))?;
             shard
                 .iter()
-                .try_for_each(|&tensor| write_tensor(tensor, &config, synthesis, file, path, progress))
+                .try_for_each(|&stored| write_tensor(stored, &config, synthesis, file, path, progress))
         })?;
     }
     if shards.len() > 1 {
@@ -88,7 +89,61 @@ pub fn synthesize(
     }
     output.finish()?;
     progress.finish();
-    Ok(data / synthesis.dtype.size() as u64)
+    let parameters = |tensor: Tensor| tensor.shape(&config.shape).iter().product::<usize>() as u64;
+    Ok(Tensor::all(config.shape.layers, config.tied).map(parameters).sum())
+}
+
+/// A tensor as files store it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stored {
+    Plain(Tensor),
+    Part(Tensor, QuantizedPart, Quantization),
+}
+
+impl Stored {
+    /// What a tensor of the model is stored as.
+    fn of(tensor: Tensor, config: &Config) -> Vec<Stored> {
+        let Some(quantization) = config.quantization.filter(|_| tensor.is_projection()) else {
+            return vec![Stored::Plain(tensor)];
+        };
+        let has = |part: &QuantizedPart| match part {
+            QuantizedPart::Values | QuantizedPart::Zeros | QuantizedPart::Scales => true,
+            QuantizedPart::GroupIndex => quantization.layout != Layout::Awq,
+            QuantizedPart::Bias => false,
+        };
+        let parts = QuantizedPart::ALL.into_iter().filter(has);
+        parts.map(|part| Stored::Part(tensor, part, quantization)).collect()
+    }
+
+    fn name(self, naming: Naming) -> String {
+        match self {
+            Stored::Plain(tensor) => tensor.name(naming),
+            Stored::Part(tensor, part, _) => tensor.part_name(part),
+        }
+    }
+
+    fn shape(self, config: &Config) -> Vec<usize> {
+        match self {
+            Stored::Plain(tensor) => tensor.stored_shape(&config.shape),
+            Stored::Part(tensor, part, quantization) => stored_shape(tensor, part, config, quantization),
+        }
+    }
+
+    /// The element type; that of plain tensors is `plain`.
+    fn dtype(self, plain: SourceType) -> Dtype {
+        match (self, plain) {
+            (Stored::Part(_, QuantizedPart::Scales | QuantizedPart::Bias, _), _) => Dtype::F16,
+            (Stored::Part(..), _) => Dtype::I32,
+            (Stored::Plain(_), SourceType::F32) => Dtype::F32,
+            (Stored::Plain(_), SourceType::F16) => Dtype::F16,
+            (Stored::Plain(_), SourceType::Bf16) => Dtype::BF16,
+        }
+    }
+
+    fn bytes(self, config: &Config, plain: SourceType) -> u64 {
+        let elements: usize = self.shape(config).iter().product();
+        (elements * self.dtype(plain).bitsize() / 8) as u64
+    }
 }
 
 fn config_of(mut config: Map<String, Value>, synthesis: &Synthesis) -> Map<String, Value> {
@@ -106,45 +161,38 @@ fn config_of(mut config: Map<String, Value>, synthesis: &Synthesis) -> Map<Strin
 }
 
 /// The tensors of each file, in order.
-fn shards(config: &Config, synthesis: &Synthesis) -> Vec<Vec<Tensor>> {
+fn shards(config: &Config, synthesis: &Synthesis) -> Vec<Vec<Stored>> {
     let mut shards = vec![Vec::new()];
     let mut filled = 0;
-    for tensor in Tensor::all(config.shape.layers, config.tied) {
-        let bytes = data_bytes(&[tensor], &config.shape, synthesis.dtype);
+    let tensors = Tensor::all(config.shape.layers, config.tied);
+    for stored in tensors.flat_map(|tensor| Stored::of(tensor, config)) {
+        let bytes = stored.bytes(config, synthesis.dtype);
         if filled > 0 && filled + bytes > synthesis.max_shard_bytes {
             shards.push(Vec::new());
             filled = 0;
         }
         filled += bytes;
         if let Some(shard) = shards.last_mut() {
-            shard.push(tensor);
+            shard.push(stored);
         }
     }
     shards
 }
 
-fn data_bytes(tensors: &[Tensor], shape: &ModelShape, dtype: SourceType) -> u64 {
-    tensors
-        .iter()
-        .map(|tensor| tensor.shape(shape))
-        .map(|[rows, cols]| (rows * cols * dtype.size()) as u64)
-        .sum()
-}
-
-fn header(shard: &[Tensor], shape: &ModelShape, synthesis: &Synthesis) -> Header {
-    let dtype = match synthesis.dtype {
-        SourceType::F32 => Dtype::F32,
-        SourceType::F16 => Dtype::F16,
-        SourceType::Bf16 => Dtype::BF16,
-    };
+fn header(shard: &[Stored], config: &Config, synthesis: &Synthesis) -> Header {
     let mut end = 0;
     let tensors = shard
         .iter()
-        .map(|tensor| {
+        .map(|stored| {
             let begin = end;
-            end += data_bytes(&[*tensor], shape, synthesis.dtype);
-            let stored = tensor.stored_shape(shape).into_iter().map(|size| size as u64).collect();
-            Entry { name: tensor.name(synthesis.naming), dtype, shape: stored, begin, end }
+            end += stored.bytes(config, synthesis.dtype);
+            Entry {
+                name: stored.name(synthesis.naming),
+                dtype: stored.dtype(synthesis.dtype),
+                shape: stored.shape(config).into_iter().map(|size| size as u64).collect(),
+                begin,
+                end,
+            }
         })
         .collect();
     let metadata = [("format".to_owned(), Value::from("pt"))].into_iter().collect();
@@ -152,43 +200,85 @@ fn header(shard: &[Tensor], shape: &ModelShape, synthesis: &Synthesis) -> Header
 }
 
 fn write_tensor(
-    tensor: Tensor,
+    stored: Stored,
     config: &Config,
     synthesis: &Synthesis,
     file: &mut File,
     path: &Path,
     progress: &ProgressBar,
 ) -> Result<(), CheckpointError> {
-    let [rows, cols] = tensor.shape(&config.shape);
-    let (mean, spread) = match tensor {
-        Tensor::Norm | Tensor::Layer(_, LayerTensor::AttentionNorm | LayerTensor::FfnNorm) => {
-            (1.0, NORM_SPREAD)
-        }
-        Tensor::Embedding if !config.tied => (0.0, 1.0),
-        _ => (0.0, 1.0 / (cols as f32).sqrt()),
-    };
     // One name for both namings, so that renaming a synthesized checkpoint gives the other one.
-    let mut normal = Normal::new(synthesis.seed, &tensor.name(Naming::Llama));
-    let mut next = || mean + spread * normal.next();
-    let mut chunk = Vec::with_capacity(CHUNK * synthesis.dtype.size());
-    let mut left = rows * cols;
-    while left > 0 {
-        let count = left.min(CHUNK);
-        chunk.clear();
-        match synthesis.dtype {
-            SourceType::F32 => (0..count).for_each(|_| chunk.extend_from_slice(&next().to_le_bytes())),
-            SourceType::F16 => {
-                (0..count).for_each(|_| chunk.extend_from_slice(&f16::from_f32(next()).to_le_bytes()))
-            }
-            SourceType::Bf16 => {
-                (0..count).for_each(|_| chunk.extend_from_slice(&bf16::from_f32(next()).to_le_bytes()))
+    let mut random = Random::new(synthesis.seed, &stored.name(Naming::Llama));
+    let count = stored.shape(config).iter().product();
+    let mut sink = Sink { file, path, progress };
+    match stored {
+        Stored::Plain(tensor) => {
+            let [_, cols] = tensor.shape(&config.shape);
+            let (mean, spread) = match tensor {
+                Tensor::Norm | Tensor::Layer(_, LayerTensor::AttentionNorm | LayerTensor::FfnNorm) => {
+                    (1.0, NORM_SPREAD)
+                }
+                Tensor::Embedding if !config.tied => (0.0, 1.0),
+                _ => (0.0, 1.0 / (cols as f32).sqrt()),
+            };
+            let mut next = || mean + spread * random.normal();
+            match synthesis.dtype {
+                SourceType::F32 => sink.write(count, |_| next().to_le_bytes()),
+                SourceType::F16 => sink.write(count, |_| f16::from_f32(next()).to_le_bytes()),
+                SourceType::Bf16 => sink.write(count, |_| bf16::from_f32(next()).to_le_bytes()),
             }
         }
-        file.write_all(&chunk).map_err(|source| CheckpointError::io(path, source))?;
-        progress.inc(chunk.len() as u64);
-        left -= count;
+        Stored::Part(tensor, part, quantization) => {
+            let [_, cols] = tensor.shape(&config.shape);
+            match part {
+                QuantizedPart::Values => sink.write(count, |_| random.word().to_le_bytes()),
+                QuantizedPart::Zeros => sink.write(count, |_| middle(quantization).to_le_bytes()),
+                QuantizedPart::Scales => {
+                    let levels = (1 << quantization.bits) as f32;
+                    let spread = ((levels * levels - 1.0) / 12.0).sqrt();
+                    let scale = 1.0 / (cols as f32).sqrt() / spread;
+                    sink.write(count, |_| {
+                        f16::from_f32(scale * (1.0 + NORM_SPREAD * random.normal())).to_le_bytes()
+                    })
+                }
+                QuantizedPart::GroupIndex => {
+                    sink.write(count, |column| ((column / quantization.group_of(cols)) as u32).to_le_bytes())
+                }
+                QuantizedPart::Bias => sink.write(count, |_| f16::ZERO.to_le_bytes()),
+            }
+        }
     }
-    Ok(())
+}
+
+/// A word of zero points that are all in the middle of their range.
+fn middle(quantization: Quantization) -> u32 {
+    let less = u32::from(quantization.layout == Layout::Gptq);
+    let zero = (1 << (quantization.bits - 1)) - less;
+    (0..quantization.per_word()).fold(0, |word, place| word | zero << (place * quantization.bits))
+}
+
+/// A file that a tensor is written to, piece by piece.
+struct Sink<'a> {
+    file: &'a mut File,
+    path: &'a Path,
+    progress: &'a ProgressBar,
+}
+
+impl Sink<'_> {
+    fn write<const N: usize>(
+        &mut self,
+        count: usize,
+        mut element: impl FnMut(usize) -> [u8; N],
+    ) -> Result<(), CheckpointError> {
+        let mut chunk = Vec::with_capacity(CHUNK * N);
+        for start in (0..count).step_by(CHUNK) {
+            chunk.clear();
+            (start..count.min(start + CHUNK)).for_each(|index| chunk.extend_from_slice(&element(index)));
+            self.file.write_all(&chunk).map_err(|source| CheckpointError::io(self.path, source))?;
+            self.progress.inc(chunk.len() as u64);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -208,7 +298,7 @@ mod tests {
             [&Synthesis::default(), &llama, &other].map(|options| Model::with(tiny(), options));
         let read = |model: &Model, tensor| {
             let checkpoint = model.open().unwrap();
-            let [rows, cols] = checkpoint.shape(tensor).unwrap();
+            let [rows, cols] = checkpoint.shape(tensor);
             checkpoint.read(tensor, 0..rows, 0..cols).unwrap()
         };
         assert!(same.file("model-00021-of-00021.safetensors").exists());
