@@ -1,7 +1,8 @@
 //! The seam between the forward pass and the network.
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kernels::{Partial, Tree};
 
@@ -43,6 +44,9 @@ pub enum Error {
         /// Which sizes.
         detail: String,
     },
+    /// The device failed, or has too little memory.
+    #[error(transparent)]
+    Device(#[from] kernels::Error),
     /// A call after one that failed.
     #[error("the group was lost in an earlier collective")]
     Ended,
@@ -52,18 +56,48 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Frees every wait of a collective from another thread.
-#[derive(Debug, Clone, Default)]
-pub struct AbortHandle(Arc<AtomicBool>);
+#[derive(Clone, Default)]
+pub struct AbortHandle(Arc<Abort>);
+
+#[derive(Default)]
+struct Abort {
+    raised: AtomicBool,
+    hooks: Mutex<Vec<Hook>>,
+}
+
+/// Tells somebody who cannot look at the flag.
+type Hook = Box<dyn Fn() + Send>;
 
 impl AbortHandle {
     /// Raises the flag; waits end with [`Error::Aborted`] within milliseconds.
     pub fn abort(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.raised.store(true, Ordering::SeqCst);
+        self.hooks().iter().for_each(|hook| hook());
     }
 
     /// Whether it was raised.
     pub fn is_aborted(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.raised.load(Ordering::Relaxed)
+    }
+
+    /// Has `hook` called when the flag is raised, on the thread that does it, or at once if it was raised. It may be called more
+    /// than once.
+    pub fn on_abort(&self, hook: impl Fn() + Send + 'static) {
+        let mut hooks = self.hooks();
+        if self.0.raised.load(Ordering::SeqCst) {
+            hook();
+        }
+        hooks.push(Box::new(hook));
+    }
+
+    fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {
+        self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for AbortHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AbortHandle").field(&self.is_aborted()).finish()
     }
 }
 
@@ -82,6 +116,11 @@ pub trait Collective<B> {
     /// Whether a call only begins work on the device, so that a backend may record it with the ops around it.
     fn can_be_recorded(&self) -> bool {
         false
+    }
+    /// Tells of calls that only began work, once the device was waited for: whether what it has ended gave results. Elsewhere
+    /// every call tells by itself.
+    fn check(&mut self) -> Result<()> {
+        Ok(())
     }
     /// The handle that frees this rank's waits.
     fn abort_handle(&self) -> AbortHandle;

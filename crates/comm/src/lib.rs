@@ -4,6 +4,8 @@
 //! of one process ([`local_group`]), or processes over TCP ([`TcpTransport`]).
 
 mod collective;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod fold;
 mod form;
 mod frame;
@@ -11,6 +13,7 @@ mod handshake;
 mod local;
 mod mesh;
 mod patience;
+mod ranges;
 mod tcp;
 mod transport;
 

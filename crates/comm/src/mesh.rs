@@ -10,6 +10,7 @@ use kernels::{HostBuffer, Partial, Tree};
 
 use crate::collective::{AbortHandle, Collective, Error, Result};
 use crate::fold::{Part, fold};
+use crate::ranges::Ranges;
 use crate::transport::Transport;
 
 /// Up to this many elements of a sum (32 KiB), latency counts more than bytes.
@@ -19,9 +20,7 @@ const ONE_SHOT_ELEMENTS: usize = 8192;
 #[derive(Debug)]
 pub struct MeshCollective<T> {
     transport: T,
-    /// The units of every rank; they tile `0..units`.
-    ranges: Vec<Range<usize>>,
-    units: usize,
+    ranges: Ranges,
     /// Scratch: what goes out, and what came in, rank after rank.
     outbox: Vec<f32>,
     inbox: Vec<f32>,
@@ -32,22 +31,22 @@ pub struct MeshCollective<T> {
 impl<T: Transport> MeshCollective<T> {
     /// `ranges`: the units of every rank, in order. Fails unless there is one for each rank and they tile `0..units`.
     pub fn new(transport: T, ranges: Vec<Range<usize>>) -> Result<Self> {
-        let mut units = 0;
-        for range in &ranges {
-            if range.start != units || range.end < range.start {
-                return Err(shape("MeshCollective::new", format!("units {ranges:?} are not in a row")));
-            }
-            units = range.end;
-        }
-        if ranges.len() != transport.size() || units == 0 {
-            let detail = format!("units {ranges:?} for {} ranks", transport.size());
-            return Err(shape("MeshCollective::new", detail));
-        }
-        Ok(Self { transport, ranges, units, outbox: Vec::new(), inbox: Vec::new(), lost: false })
+        let ranges = Ranges::new(ranges, transport.size())?;
+        Ok(Self { transport, ranges, outbox: Vec::new(), inbox: Vec::new(), lost: false })
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn transport(&self) -> &T {
+        &self.transport
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn ranges(&self) -> &Ranges {
+        &self.ranges
     }
 
     /// Runs a call, unless an earlier one failed.
-    fn call(&mut self, body: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    pub(crate) fn call(&mut self, body: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.lost {
             return Err(Error::Ended);
         }
@@ -56,7 +55,9 @@ impl<T: Transport> MeshCollective<T> {
         result
     }
 
-    fn reduce(&mut self, tree: Tree, own: &[Part<'_>], out: &mut [f32]) -> Result<()> {
+    /// Adds everybody's sub-trees into `out`; `own` are this rank's, of the length of `out`. Only within [`Self::call`].
+    pub(crate) fn reduce(&mut self, tree: Tree, own: &[Part<'_>], out: &mut [f32]) -> Result<()> {
+        self.ranges.check_reduce(tree, self.transport.rank(), own.iter().map(|(units, _)| units))?;
         let (rank, size, len) = (self.transport.rank(), self.transport.size(), out.len());
         if size == 1 {
             fold(tree, own, out);
@@ -93,7 +94,7 @@ impl<T: Transport> MeshCollective<T> {
                 }
             }
         }
-        let subtrees: Vec<Vec<Range<usize>>> = self.ranges.iter().map(|units| tree.subtrees(units)).collect();
+        let subtrees = self.ranges.subtrees(tree);
         let length = out.len();
         let lengths: Vec<usize> = subtrees.iter().map(|theirs| theirs.len() * length).collect();
         self.all_to_all(&parcels, &lengths)?;
@@ -141,8 +142,20 @@ impl<T: Transport> MeshCollective<T> {
         self.transport.exchange(&outgoing, &mut incoming)
     }
 
-    fn collect(&mut self, rows: usize, own: &[f32], counts: &[usize], out: &mut [f32]) -> Result<()> {
+    /// Puts everybody's columns, of which this rank has `own`, into `out` on the root: `[rows, Σ counts]`, elsewhere empty. Only within
+    /// [`Self::call`].
+    pub(crate) fn collect(
+        &mut self,
+        root: usize,
+        rows: usize,
+        own: &[f32],
+        counts: &[usize],
+        out: &mut [f32],
+    ) -> Result<()> {
         let rank = self.transport.rank();
+        if rank != root {
+            return self.transport.exchange(&[(root, bytemuck::cast_slice(own))], &mut []);
+        }
         let lengths: Vec<usize> = counts.iter().map(|count| rows * count).collect();
         self.transport.exchange(&[], &mut compartments(&mut self.inbox, rank, &lengths))?;
         let cols: usize = counts.iter().sum();
@@ -181,12 +194,6 @@ impl<B: HostBuffer, T: Transport> Collective<B> for MeshCollective<T> {
                 .iter()
                 .map(|partial| Ok((partial.units.clone(), elements(OP, &partial.sum, len)?)))
                 .collect::<Result<Vec<Part<'_>>>>()?;
-            let expected = tree.subtrees(&mesh.ranges[mesh.transport.rank()]);
-            if tree.units != mesh.units || !own.iter().map(|(units, _)| units).eq(&expected) {
-                let found: Vec<_> = own.into_iter().map(|(units, _)| units).collect();
-                let detail = format!("sums of {found:?} of {} units where {expected:?} belong", tree.units);
-                return Err(shape(OP, detail));
-            }
             mesh.reduce(tree, &own, elements_mut(OP, out, len)?)
         })
     }
@@ -194,17 +201,11 @@ impl<B: HostBuffer, T: Transport> Collective<B> for MeshCollective<T> {
     fn gather(&mut self, root: usize, rows: usize, x: &B, counts: &[usize], out: &mut B) -> Result<()> {
         const OP: &str = "gather";
         self.call(|mesh| {
-            let (rank, size) = (mesh.transport.rank(), mesh.transport.size());
-            if counts.len() != size || root >= size {
-                return Err(shape(OP, format!("{} counts and root {root} for {size} ranks", counts.len())));
-            }
+            let (rank, all) = (mesh.transport.rank(), counts.iter().sum::<usize>());
+            mesh.ranges.check_gather(root, counts)?;
             let own = elements(OP, x, rows * counts[rank])?;
-            if rank == root {
-                let cols: usize = counts.iter().sum();
-                mesh.collect(rows, own, counts, elements_mut(OP, out, rows * cols)?)
-            } else {
-                mesh.transport.exchange(&[(root, bytemuck::cast_slice(own))], &mut [])
-            }
+            let len = if rank == root { rows * all } else { 0 };
+            mesh.collect(root, rows, own, counts, elements_mut(OP, out, len)?)
         })
     }
 
@@ -235,9 +236,6 @@ fn elements_mut<'a, B: HostBuffer>(op: &'static str, buffer: &'a mut B, len: usi
 }
 
 fn too_short(op: &'static str, len: usize) -> Error {
-    shape(op, format!("a buffer is not f32 or has fewer than {len} elements"))
-}
-
-fn shape(op: &'static str, detail: String) -> Error {
+    let detail = format!("a buffer is not f32 or has fewer than {len} elements");
     Error::Shape { op, detail }
 }

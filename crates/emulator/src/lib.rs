@@ -12,12 +12,14 @@
 //! - `PHALANX_EMULATOR_DEVICES` (1) and `PHALANX_EMULATOR_MEMORY` (4 GiB, in bytes, for each device).
 
 mod compile;
+mod open;
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use compile::Compiler;
+pub use open::open;
 
 /// Why there is no emulator on this machine.
 #[derive(Debug, Clone, thiserror::Error)]

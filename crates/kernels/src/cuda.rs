@@ -18,10 +18,13 @@ mod matrix;
 mod memory;
 mod modules;
 mod nvrtc;
+mod one_shot;
 mod record;
 mod rope;
 mod sample;
+mod shared;
 mod sources;
+mod stage;
 mod step;
 mod transfer;
 mod usage;
@@ -35,7 +38,10 @@ pub use self::limits::violations;
 pub use self::matrix::Matrix;
 pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
 pub use self::nvrtc::{CompileError, Nvrtc, Version};
+pub use self::one_shot::OneShot;
+pub use self::shared::{Board, MAX_RANKS, Mailbox, Missed};
 pub use self::sources::{HEADERS, SOURCES, Source};
+pub use self::stage::{Stage, copy_alone, reduce_alone};
 pub use self::usage::KernelUsage;
 
 use self::blas::Blas;
@@ -146,6 +152,16 @@ impl Cuda {
     /// Waits until everything that was begun has ended.
     pub fn synchronize(&self) -> Result<()> {
         self.device.synchronize()
+    }
+
+    /// From now on calls `look` again and again while this thread waits for the GPU: a rank that waits for others looks there
+    /// after those that could keep it waiting for ever.
+    pub fn while_waiting(&self, look: impl FnMut() + 'static) {
+        self.device.while_waiting(Box::new(look));
+    }
+
+    pub(crate) fn device(&self) -> &Rc<Device> {
+        &self.device
     }
 
     fn products(&mut self) -> Products<'_> {

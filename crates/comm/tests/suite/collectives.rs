@@ -1,14 +1,15 @@
-//! The suite that every transport must pass: results, bit for bit, and the ways in which a group ends.
+//! The suite that every collective must pass: results, bit for bit, and the ways in which a group ends.
 
 use std::ops::Range;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use comm::{Collective, Error, LocalTransport, MeshCollective, TcpTransport, Transport};
+use comm::{Collective, Error, LocalTransport, MeshCollective, TcpTransport};
 use kernels::{Partial, Tree};
 use proptest::prelude::*;
 
-use crate::groups::{Host, Kind, each_rank, one_unit_each};
+use crate::groups::{Kind, each_rank, one_unit_each};
 
 /// The reference: one thread that adds the units' values along the tree.
 fn fold(node: Range<usize>, units: &[Vec<f32>]) -> Vec<f32> {
@@ -34,28 +35,30 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 /// Reduces twice (so that scratch is used again), on ranks that hold `ranges`.
-fn reduces<T: Kind>(ranges: &[Range<usize>], len: usize, seed: u64) {
+fn reduces<K: Kind>(ranges: &[Range<usize>], len: usize, seed: u64) {
     let count = ranges.last().unwrap().end;
     let tree = Tree { units: count };
     let units: Vec<Vec<f32>> =
         (0..count).map(|unit| (0..len).map(|index| value(seed, unit, index)).collect()).collect();
     let expected = bits(&fold(0..count, &units));
-    let sums = each_rank(T::group(ranges.len()), |rank, transport| {
-        let mut mesh = MeshCollective::new(transport, ranges.to_vec()).unwrap();
+    let sums = each_rank(K::group(ranges.len()), |rank, end| {
+        let (site, mut collective) = K::join(end, ranges).unwrap();
         let partials: Vec<_> = tree
             .subtrees(&ranges[rank])
             .into_iter()
             // Buffers may be longer than what counts.
             .map(|node| Partial {
-                sum: Host([fold(node.clone(), &units), vec![f32::NAN; 3]].concat()),
+                sum: K::buffer(&site, &[fold(node.clone(), &units), vec![f32::NAN; 3]].concat()),
                 units: node,
             })
             .collect();
-        let mut out = Host(vec![f32::NAN; len + 1]);
-        mesh.tree_reduce(tree, len / 2, &partials, &mut out).unwrap();
-        assert_eq!(bits(&out.0[..len / 2]), expected[..len / 2]);
-        mesh.tree_reduce(tree, len, &partials, &mut out).unwrap();
-        out.0
+        let mut out = K::buffer(&site, &vec![f32::NAN; len + 1]);
+        collective.tree_reduce(tree, len / 2, &partials, &mut out).unwrap();
+        assert_eq!(bits(&K::values(&out)[..len / 2]), expected[..len / 2]);
+        collective.tree_reduce(tree, len, &partials, &mut out).unwrap();
+        let sum = K::values(&out);
+        collective.check().unwrap();
+        sum
     });
     for sum in sums {
         assert_eq!(bits(&sum[..len]), expected);
@@ -79,34 +82,34 @@ fn cuts() -> impl Strategy<Value = (Vec<Range<usize>>, usize, u64)> {
         })
 }
 
-fn all_widths<T: Kind>() {
+fn all_widths<K: Kind>() {
     for width in 1..=8 {
         let ranges: Vec<_> = (0..width).map(|rank| 8 * rank / width..8 * (rank + 1) / width).collect();
         for len in [1, 4096, 20_001] {
-            reduces::<T>(&ranges, len, 7);
+            reduces::<K>(&ranges, len, 7);
         }
     }
 }
 
 /// Far more than sockets hold, in all directions at once.
-fn large_messages<T: Kind>() {
-    reduces::<T>(&[0..1, 1..2, 2..3], 3 << 20, 1);
+fn large_messages<K: Kind>() {
+    reduces::<K>(&[0..1, 1..2, 2..3], 3 << 20, 1);
 }
 
-fn gathers<T: Kind>() {
+fn gathers<K: Kind>() {
     for (counts, rows) in
         [(vec![4], 2), (vec![3, 0, 5], 4), (vec![2, 2], 0), (vec![1000, 1001, 999, 1000], 9)]
     {
         let cols: usize = counts.iter().sum();
         for root in 0..counts.len() {
-            let outs = each_rank(T::group(counts.len()), |rank, transport| {
-                let mut mesh = one_unit_each(transport).unwrap();
+            let outs = each_rank(K::group(counts.len()), |rank, end| {
+                let (site, mut collective) = one_unit_each::<K>(end, counts.len()).unwrap();
                 let first: usize = counts[..rank].iter().sum();
                 let entry = |i: usize| (i / counts[rank] * cols + first + i % counts[rank]) as f32;
-                let x = Host((0..rows * counts[rank]).map(entry).collect());
-                let mut out = Host(vec![-1.0; rows * cols]);
-                mesh.gather(root, rows, &x, &counts, &mut out).unwrap();
-                out.0
+                let x: Vec<f32> = (0..rows * counts[rank]).map(entry).collect();
+                let mut out = K::buffer(&site, &vec![-1.0; rows * cols]);
+                collective.gather(root, rows, &K::buffer(&site, &x), &counts, &mut out).unwrap();
+                K::values(&out)
             });
             for (rank, out) in outs.into_iter().enumerate() {
                 let expected = |i| if rank == root { i as f32 } else { -1.0 };
@@ -117,119 +120,154 @@ fn gathers<T: Kind>() {
 }
 
 /// Sums and gathers in turn stay in step, though some ranks run ahead.
-fn mixed_calls<T: Kind>() {
+fn mixed_calls<K: Kind>() {
     let size = 3;
-    each_rank(T::group(size), |rank, transport| {
-        let mut mesh = one_unit_each(transport).unwrap();
+    each_rank(K::group(size), |rank, end| {
+        let (site, mut collective) = one_unit_each::<K>(end, size).unwrap();
         for round in 0..200 {
-            let partial = Partial { units: rank..rank + 1, sum: Host(vec![round as f32; 5]) };
-            let mut out = Host(vec![0.0; 15]);
-            mesh.tree_reduce(Tree { units: size }, 5, &[partial], &mut out).unwrap();
-            assert_eq!(out.0[..5], [3.0 * round as f32; 5]);
-            mesh.gather(round % size, 1, &Host(vec![rank as f32]), &[1; 3], &mut out).unwrap();
+            let partial = Partial { units: rank..rank + 1, sum: K::buffer(&site, &[round as f32; 5]) };
+            let mut out = K::buffer(&site, &[0.0; 15]);
+            collective.tree_reduce(Tree { units: size }, 5, &[partial], &mut out).unwrap();
+            assert_eq!(K::values(&out)[..5], [3.0 * round as f32; 5]);
+            let own = K::buffer(&site, &[rank as f32]);
+            collective.gather(round % size, 1, &own, &[1; 3], &mut out).unwrap();
             if round % size == rank {
-                assert_eq!(out.0[..3], [0.0, 1.0, 2.0]);
+                assert_eq!(K::values(&out)[..3], [0.0, 1.0, 2.0]);
             }
         }
     });
 }
 
-fn reduce_one<T: Transport>(mesh: &mut MeshCollective<T>) -> comm::Result<()> {
-    let (rank, size) = (Collective::<Host>::rank(mesh), Collective::<Host>::size(mesh));
-    let partial = Partial { units: rank..rank + 1, sum: Host(vec![1.0; 8]) };
-    mesh.tree_reduce(Tree { units: size }, 8, &[partial], &mut Host(vec![0.0; 8]))
+fn reduce_one<K: Kind>(site: &K::Site, collective: &mut K::Collective) -> comm::Result<()> {
+    let (rank, size) = (collective.rank(), collective.size());
+    let partial = Partial { units: rank..rank + 1, sum: K::buffer(site, &[1.0; 8]) };
+    collective.tree_reduce(Tree { units: size }, 8, &[partial], &mut K::buffer(site, &[0.0; 8]))
 }
 
 /// Rank 2 never calls; the others wait for it until they are told to stop.
-fn abort_frees_a_blocked_rank<T: Kind>() {
-    let mut ends = T::group(3);
-    let _silent = ends.pop();
-    let aborts: Vec<_> = ends.iter().map(T::abort_handle).collect();
-    let told = thread::spawn(move || {
-        // Whether they wait by now or not, the flag frees them.
-        thread::sleep(Duration::from_millis(30));
-        aborts.iter().for_each(comm::AbortHandle::abort);
-        Instant::now()
+fn abort_frees_a_blocked_rank<K: Kind>() {
+    let ends = K::group(3);
+    let aborts: Vec<_> = ends.iter().map(K::abort_handle).collect();
+    let (all_joined, all_freed) = (Barrier::new(4), Barrier::new(3));
+    thread::scope(|scope| {
+        let told = scope.spawn(|| {
+            all_joined.wait();
+            // Whether they wait by now or not, the flag frees them.
+            thread::sleep(Duration::from_millis(30));
+            aborts.iter().for_each(comm::AbortHandle::abort);
+            Instant::now()
+        });
+        let freed = each_rank(ends, |rank, end| {
+            let (site, mut collective) = one_unit_each::<K>(end, 3).unwrap();
+            all_joined.wait();
+            let freed = (rank < 2).then(|| {
+                assert!(matches!(reduce_one::<K>(&site, &mut collective), Err(Error::Aborted)));
+                let freed = Instant::now();
+                let again = reduce_one::<K>(&site, &mut collective);
+                assert!(matches!(again, Err(Error::Ended)), "a lost group stays lost");
+                freed
+            });
+            all_freed.wait();
+            freed
+        });
+        let told = told.join().unwrap();
+        let limit = Duration::from_millis(500);
+        assert!(freed.into_iter().flatten().all(|freed| freed.saturating_duration_since(told) < limit));
     });
-    let freed = each_rank(ends, |_, transport| {
-        let mut mesh = one_unit_each(transport).unwrap();
-        assert!(matches!(reduce_one(&mut mesh), Err(Error::Aborted)));
-        let freed = Instant::now();
-        assert!(matches!(reduce_one(&mut mesh), Err(Error::Ended)), "a lost group stays lost");
-        freed
-    });
-    let told = told.join().unwrap();
-    assert!(
-        freed.into_iter().all(|freed| freed.saturating_duration_since(told) < Duration::from_millis(500))
-    );
 }
 
 /// A rank whose thread or process ends is noticed by those that wait for it.
-fn a_lost_peer_is_named<T: Kind>() {
-    let mut ends = T::group(2);
-    drop(ends.pop());
-    let mut mesh = one_unit_each(ends.remove(0)).unwrap();
-    let error = reduce_one(&mut mesh).unwrap_err();
-    assert!(matches!(error, Error::Lost { rank: 1, .. }), "{error}");
+fn a_lost_peer_is_named<K: Kind>() {
+    each_rank(K::group(2), |rank, end| {
+        let (site, mut collective) = one_unit_each::<K>(end, 2).unwrap();
+        if rank == 0 {
+            let error = reduce_one::<K>(&site, &mut collective).unwrap_err();
+            assert!(matches!(error, Error::Lost { rank: 1, .. }), "{error}");
+        }
+    });
 }
 
 /// What a rank sent before it ended still counts.
-fn a_peer_may_leave_after_its_last_call<T: Kind>() {
-    each_rank(T::group(3), |_, transport| reduce_one(&mut one_unit_each(transport).unwrap()).unwrap());
+fn a_peer_may_leave_after_its_last_call<K: Kind>() {
+    each_rank(K::group(3), |_, end| {
+        let (site, mut collective) = one_unit_each::<K>(end, 3).unwrap();
+        reduce_one::<K>(&site, &mut collective).unwrap();
+    });
 }
 
 /// Ranks that do not make the same call find out.
-fn different_calls_are_noticed<T: Kind>() {
-    let results = each_rank(T::group(2), |rank, transport| {
-        let mut mesh = one_unit_each(transport).unwrap();
-        let partial = Partial { units: rank..rank + 1, sum: Host(vec![1.0; 8]) };
-        mesh.tree_reduce(Tree { units: 2 }, 4 + rank, &[partial], &mut Host(vec![0.0; 8]))
+fn different_calls_are_noticed<K: Kind>() {
+    let results = each_rank(K::group(2), |rank, end| {
+        let (site, mut collective) = one_unit_each::<K>(end, 2).unwrap();
+        let partial = Partial { units: rank..rank + 1, sum: K::buffer(&site, &[1.0; 8]) };
+        let mut out = K::buffer(&site, &[0.0; 8]);
+        collective.tree_reduce(Tree { units: 2 }, 4 + rank, &[partial], &mut out)
     });
     assert!(results.iter().any(|result| matches!(result, Err(Error::Protocol { .. }))), "{results:?}");
     assert!(results.iter().all(Result::is_err));
 }
 
-fn false_arguments_are_errors<T: Kind>() {
-    let new = |ranges: &[Range<usize>]| MeshCollective::new(T::group(1).remove(0), ranges.to_vec());
+fn false_arguments_are_errors<K: Kind>() {
+    let join = |ranges: &[Range<usize>]| K::join(K::group(1).remove(0), ranges);
     for ranges in [&[][..], &[0..0], &[1..2], &[0..1, 1..2]] {
-        assert!(matches!(new(ranges), Err(Error::Shape { .. })), "{ranges:?}");
+        assert!(join(ranges).is_err_and(|error| matches!(error, Error::Shape { .. })), "{ranges:?}");
     }
     let sum = |units, len| {
-        let partials = [Partial { units: 0..2, sum: Host(vec![1.0; 8]) }];
-        new(&[0..2]).unwrap().tree_reduce(Tree { units }, len, &partials, &mut Host(vec![0.0; 8]))
+        let (site, mut collective) = join(&[0..2]).unwrap();
+        let partials = [Partial { units: 0..2, sum: K::buffer(&site, &[1.0; 8]) }];
+        collective.tree_reduce(Tree { units }, len, &partials, &mut K::buffer(&site, &[0.0; 8]))
+    };
+    let refused = |units, len| {
+        let error = sum(units, len).unwrap_err();
+        matches!(error, Error::Shape { .. } | Error::Device(kernels::Error::Shape { .. }))
     };
     assert!(sum(2, 8).is_ok());
-    assert!(matches!(sum(2, 9), Err(Error::Shape { .. })));
-    assert!(matches!(sum(3, 8), Err(Error::Shape { .. })));
-    assert!(matches!(sum(1, 8), Err(Error::Shape { .. })));
+    assert!(refused(2, 9));
+    assert!(refused(3, 8));
+    assert!(refused(1, 8));
 }
 
 macro_rules! suite {
-    ($kind:ident, $transport:ty, $cases:literal, [$($test:ident),*]) => {
-        mod $kind {
+    ($name:ident, $kind:ty, $cases:literal, [$($test:ident),*]) => {
+        mod $name {
             use super::*;
 
             proptest! {
                 #![proptest_config(ProptestConfig::with_cases($cases))]
                 #[test]
                 fn any_cut_gives_the_same_bits((ranges, len, seed) in cuts()) {
-                    reduces::<$transport>(&ranges, len, seed);
+                    if <$kind>::present() {
+                        reduces::<$kind>(&ranges, len, seed);
+                    }
                 }
             }
 
             $(#[test]
             fn $test() {
-                super::$test::<$transport>();
+                if <$kind>::present() {
+                    super::$test::<$kind>();
+                }
             })*
         }
     };
-    ($kind:ident, $transport:ty, $cases:literal) => {
-        suite!($kind, $transport, $cases, [
+    ($name:ident, $kind:ty, $cases:literal) => {
+        suite!($name, $kind, $cases, [
             all_widths, large_messages, gathers, mixed_calls, abort_frees_a_blocked_rank, a_lost_peer_is_named,
             a_peer_may_leave_after_its_last_call, different_calls_are_noticed, false_arguments_are_errors
         ]);
     };
 }
 
-suite!(local, LocalTransport, 64);
-suite!(tcp, TcpTransport, 24);
+suite!(local, MeshCollective<LocalTransport>, 64);
+suite!(tcp, MeshCollective<TcpTransport>, 24);
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use comm::cuda::{LocalGpu, StagedCollective};
+
+    use super::*;
+
+    suite!(staged_local, StagedCollective<LocalTransport>, 8);
+    suite!(staged_tcp, StagedCollective<TcpTransport>, 4);
+    suite!(local_gpu, LocalGpu, 16);
+}

@@ -1,10 +1,11 @@
-//! Groups for tests: a buffer on the host, and both kinds of transport behind one trait.
+//! Groups for tests: every kind of collective behind one trait.
 
+use std::ops::Range;
 use std::thread;
 use std::time::Duration;
 
 use comm::{
-    AbortHandle, GroupSpec, Listener, LocalTransport, MeshCollective, Result, TcpTransport, Transport,
+    AbortHandle, Collective, GroupSpec, Listener, LocalTransport, MeshCollective, Result, TcpTransport, Transport,
 };
 use kernels::HostBuffer;
 
@@ -23,25 +24,73 @@ impl HostBuffer for Host {
     }
 }
 
-/// A kind of transport.
-pub(crate) trait Kind: Transport + Send + Sized + 'static {
-    fn group(size: usize) -> Vec<Self>;
+/// A kind of collective.
+pub(crate) trait Kind {
+    /// What the thread that is to be a rank gets.
+    type End: Send;
+    /// What that thread has besides the collective.
+    type Site;
+    type Buffer;
+    type Collective: Collective<Self::Buffer>;
+
+    /// Says so where this machine cannot test it.
+    fn present() -> bool {
+        true
+    }
+    fn group(size: usize) -> Vec<Self::End>;
+    fn abort_handle(end: &Self::End) -> AbortHandle;
+    fn join(end: Self::End, ranges: &[Range<usize>]) -> Result<(Self::Site, Self::Collective)>;
+    fn buffer(site: &Self::Site, values: &[f32]) -> Self::Buffer;
+    fn values(buffer: &Self::Buffer) -> Vec<f32>;
 }
 
-impl Kind for LocalTransport {
-    fn group(size: usize) -> Vec<Self> {
+/// A kind of transport.
+pub(crate) trait Connected: Transport + Send + Sized + 'static {
+    fn connect(size: usize) -> Vec<Self>;
+}
+
+impl Connected for LocalTransport {
+    fn connect(size: usize) -> Vec<Self> {
         comm::local_group(size)
     }
 }
 
-impl Kind for TcpTransport {
-    fn group(size: usize) -> Vec<Self> {
+impl Connected for TcpTransport {
+    fn connect(size: usize) -> Vec<Self> {
         let listeners: Vec<Listener> = (0..size).map(|_| listener()).collect();
         let secret = auth::Secret::random();
         each_rank(listeners.iter().collect(), |rank, listener: &Listener| {
             let spec = spec(rank, &listeners, &secret);
             TcpTransport::form(listener, &spec, AbortHandle::default(), LONG).unwrap()
         })
+    }
+}
+
+/// Buffers on the host.
+impl<T: Connected> Kind for MeshCollective<T> {
+    type End = T;
+    type Site = ();
+    type Buffer = Host;
+    type Collective = Self;
+
+    fn group(size: usize) -> Vec<T> {
+        T::connect(size)
+    }
+
+    fn abort_handle(end: &T) -> AbortHandle {
+        end.abort_handle()
+    }
+
+    fn join(end: T, ranges: &[Range<usize>]) -> Result<((), Self)> {
+        Ok(((), MeshCollective::new(end, ranges.to_vec())?))
+    }
+
+    fn buffer((): &(), values: &[f32]) -> Host {
+        Host(values.to_vec())
+    }
+
+    fn values(buffer: &Host) -> Vec<f32> {
+        buffer.0.clone()
     }
 }
 
@@ -70,7 +119,7 @@ pub(crate) fn each_rank<T: Send, R: Send>(ranks: Vec<T>, body: impl Fn(usize, T)
 }
 
 /// One unit for each rank.
-pub(crate) fn one_unit_each<T: Transport>(transport: T) -> Result<MeshCollective<T>> {
-    let ranges = (0..transport.size()).map(|rank| rank..rank + 1).collect();
-    MeshCollective::new(transport, ranges)
+pub(crate) fn one_unit_each<K: Kind>(end: K::End, size: usize) -> Result<(K::Site, K::Collective)> {
+    let ranges: Vec<_> = (0..size).map(|rank| rank..rank + 1).collect();
+    K::join(end, &ranges)
 }

@@ -5,4 +5,6 @@
 
 mod collectives;
 mod forming;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod groups;

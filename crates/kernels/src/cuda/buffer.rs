@@ -7,7 +7,7 @@ use half::bf16;
 use super::device::Device;
 use super::memory::{Memory, Region};
 use crate::shape::{BLOCK, Dims, KvDims};
-use crate::{DType, Result};
+use crate::{DType, Error, Result};
 
 /// An activation matrix `[rows, cols]`, row-major and dense.
 #[derive(Debug)]
@@ -32,6 +32,16 @@ impl Buffer {
 
     pub(crate) fn device(&self) -> &Rc<Device> {
         self.memory.device()
+    }
+
+    /// The address of at least `len` elements of f32 on `device`.
+    pub(crate) fn floats(&self, op: &'static str, device: &Rc<Device>, len: usize) -> Result<u64> {
+        let Dims { dtype, rows, cols } = self.dims;
+        if dtype == DType::F32 && rows * cols >= len && Rc::ptr_eq(self.device(), device) {
+            return Ok(self.pointer());
+        }
+        let detail = format!("{len} elements of f32 on this GPU where a buffer is {dtype:?} [{rows}, {cols}]");
+        Err(Error::Shape { op, detail })
     }
 
     /// The first `len` elements of an f32 buffer, when all that was begun before has ended.

@@ -7,10 +7,11 @@ use std::ffi::c_void;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytemuck::NoUninit;
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 
 use crate::{Error, Result};
 
@@ -18,6 +19,9 @@ use crate::{Error, Result};
 const DRIVER_VERSION: i32 = 13_000;
 /// Dynamic shared memory that a kernel may use without having asked for it.
 const PLAIN_SHARED_BYTES: u32 = 48 * 1024;
+/// How long a watched wait asks without pause, and how long it pauses then.
+const AWAKE: Duration = Duration::from_micros(100);
+const NAP: Duration = Duration::from_micros(20);
 
 /// A GPU. Not `Send`: the thread that opened it drives it.
 pub(crate) struct Device {
@@ -27,6 +31,8 @@ pub(crate) struct Device {
     /// Those that were launched before.
     kernels: RefCell<HashMap<&'static str, Kernel>>,
     multiprocessors: u32,
+    /// What looks after this thread's dealings with others while it waits.
+    watcher: RefCell<Option<Box<dyn FnMut()>>>,
 }
 
 #[derive(Debug)]
@@ -69,6 +75,7 @@ impl Device {
             modules: RefCell::default(),
             kernels: RefCell::default(),
             multiprocessors,
+            watcher: RefCell::default(),
         }))
     }
 
@@ -137,9 +144,46 @@ impl Device {
         self.context.bind_to_thread().map_err(|e| failed("choosing the GPU", e))
     }
 
+    /// Its context, which threads may share.
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// From now on calls `look` again and again while this thread waits for the device.
+    pub(crate) fn while_waiting(&self, look: Box<dyn FnMut()>) {
+        *self.watcher.borrow_mut() = Some(look);
+    }
+
     /// Waits until everything that was begun has ended.
     pub(crate) fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
+        let waiting = |e| failed("waiting for the GPU", e);
+        if self.watcher.borrow().is_none() {
+            return self.stream.synchronize().map_err(waiting);
+        }
+        self.wait(&self.stream.record_event(None).map_err(waiting)?)
+    }
+
+    /// Waits until the device has come to `event`.
+    pub(crate) fn wait(&self, event: &CudaEvent) -> Result<()> {
+        let waiting = |e| failed("waiting for the GPU", e);
+        // Taken out, so that it may wait itself.
+        let Some(mut look) = self.watcher.take() else { return event.synchronize().map_err(waiting) };
+        let begun = Instant::now();
+        let result = loop {
+            match event.try_is_complete() {
+                Ok(false) => {}
+                Ok(true) => break Ok(()),
+                Err(error) => break Err(waiting(error)),
+            }
+            look();
+            if begun.elapsed() < AWAKE {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(NAP);
+            }
+        };
+        self.watcher.replace(Some(look));
+        result
     }
 
     /// Loads a compiled file of kernels.

@@ -54,6 +54,16 @@ impl FoldProgram {
         if pushed == leaves.len() { Ok(program) } else { Err(loose(leaves)) }
     }
 
+    /// Adds `count` leaves, at most [`MAX_UNITS`], one after the other.
+    pub(crate) fn in_order(count: usize) -> Self {
+        let mut program = Self { count: count as i32, merges: [0; MAX_UNITS], store: [-1; MAX_UNITS] };
+        program.merges[..count].iter_mut().skip(1).for_each(|merges| *merges = 1);
+        if let Some(last) = program.store[..count].last_mut() {
+            *last = 0;
+        }
+        program
+    }
+
     fn add(&mut self, node: &Range<usize>, leaves: &[Range<usize>], pushed: &mut usize) -> Result<()> {
         if leaves.get(*pushed) == Some(node) {
             *pushed += 1;
@@ -107,6 +117,24 @@ pub(crate) unsafe fn fold(
     let arguments = Arguments::default().with(parts).with(program).with(outputs).with(count as i64);
     // SAFETY: the caller's promise.
     unsafe { device.launch("fold", launch, arguments) }
+}
+
+/// Puts `x`, f32 `[rows, count]`, into the columns from `first` on of `out`, f32 `[rows, all]`; rows · all < 2³¹.
+///
+/// # Safety
+/// The buffers are that large.
+pub(crate) unsafe fn place_columns(
+    device: &Device,
+    x: u64,
+    (rows, count): (usize, usize),
+    out: u64,
+    (first, all): (usize, usize),
+) -> Result<()> {
+    let launch = Launch { grid: ((rows * count).div_ceil(256) as u32, 1), threads: 256, shared_bytes: 0 };
+    let arguments = Arguments::default().with(x).with(rows as i32).with(count as i32);
+    let arguments = arguments.with(out).with(first as i32).with(all as i32);
+    // SAFETY: the caller's promise.
+    unsafe { device.launch("place_columns", launch, arguments) }
 }
 
 #[cfg(test)]

@@ -187,7 +187,7 @@ impl Uploader {
         for (index, part) in bytes.chunks(STAGE_BYTES).enumerate() {
             let stage = &self.stages[turn.0];
             if let Some(read) = &turn.1[turn.0] {
-                read.synchronize().map_err(|e| failed("copying weights to the GPU", e))?;
+                self.device.wait(read)?;
             }
             stage.write(part);
             let target = target + (index * STAGE_BYTES) as u64;
@@ -280,6 +280,12 @@ impl Pinned {
         assert!(bytes <= self.bytes, "fewer bytes than asked for");
         // SAFETY: within the allocation, and initialised.
         unsafe { std::slice::from_raw_parts(self.pointer, bytes) }.to_vec()
+    }
+
+    /// All of it, as numbers. The caller has waited for transfers.
+    pub(crate) fn floats(&mut self) -> &mut [f32] {
+        // SAFETY: within the allocation, aligned as the driver aligns, initialised, and borrowed as this is.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.bytes / size_of::<f32>()) }
     }
 
     /// Begins to copy the first bytes to the device; the event tells when they were read.

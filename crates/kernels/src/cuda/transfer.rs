@@ -57,7 +57,7 @@ impl Words {
         let target = self.target.pointer();
         let (stage, sent) = &mut self.stages[self.next];
         if let Some(sent) = sent {
-            sent.synchronize().map_err(|e| failed("sending a step", e))?;
+            self.device.wait(sent)?;
         }
         stage.write(bytes);
         *sent = Some(stage.send(target, bytes.len())?);
@@ -112,7 +112,7 @@ impl Choices {
     /// Waits for the oldest.
     pub(crate) fn take(&mut self) -> Result<Vec<Choice>> {
         let (stage, count, arrived) = self.under_way.pop_front().ok_or_else(crate::sample::nothing_asked)?;
-        arrived.synchronize().map_err(|e| failed("running a step", e))?;
+        self.device.wait(&arrived)?;
         let words = self.stages[stage].read(count * CHOICE_BYTES);
         let choice = |bytes: &[u8; CHOICE_BYTES]| {
             let [a, b, c, d, e, f, g, h] = *bytes;

@@ -9,12 +9,18 @@
 static constexpr i32 MAX_UNITS = 64;
 static constexpr i32 MAX_OUTPUTS = 16;  // a run of leaves of a balanced tree of 64 is at most 10 whole sub-trees
 static constexpr i32 STACK_DEPTH = 7;   // a leaf of a tree of 64 and the left siblings above it
+static constexpr i32 FOUR = 4;          // elements that a thread adds at a time
 
 // 132 bytes, aligned to 4.
 struct FoldProgram {
     i32 count;
     u8 merges[MAX_UNITS];
     signed char store[MAX_UNITS];
+};
+
+// 512 bytes.
+struct Parts {
+    const float* part[MAX_UNITS];
 };
 
 // 128 bytes.
@@ -74,3 +80,33 @@ template <i32 WIDTH> struct FoldStack {
         }
     }
 };
+
+// Four elements from `first` on, of which those from `count` on do not exist (zeros). The address is a multiple of 16.
+static __device__ __forceinline__ void read_four(const float* part, i64 first, i64 count, float (&value)[FOUR]) {
+    if (first + FOUR <= count) {
+        uint4 four = load16(part + first);
+        value[0] = __uint_as_float(four.x);
+        value[1] = __uint_as_float(four.y);
+        value[2] = __uint_as_float(four.z);
+        value[3] = __uint_as_float(four.w);
+        return;
+    }
+#pragma unroll
+    for (i32 i = 0; i < FOUR; i++) {
+        value[i] = first + i < count ? part[first + i] : 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void write_four(float* out, i64 first, i64 count, const float (&value)[FOUR]) {
+    if (first + FOUR <= count) {
+        store16(out + first, make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
+                                        __float_as_uint(value[3])));
+        return;
+    }
+#pragma unroll
+    for (i32 i = 0; i < FOUR; i++) {
+        if (first + i < count) {
+            out[first + i] = value[i];
+        }
+    }
+}
