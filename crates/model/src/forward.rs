@@ -101,6 +101,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
         self.reserve(step.rows)?;
+        self.collective.check()?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
         let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
@@ -115,7 +116,9 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// The choices of the oldest step that began and was not asked about; nothing on ranks that do not sample.
     pub(crate) fn choices(&mut self) -> Result<Vec<Choice>> {
-        Ok(self.backend.choices()?)
+        let choices = self.backend.choices()?;
+        self.collective.check()?;
+        Ok(choices)
     }
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
@@ -130,7 +133,10 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         if collective.rank() != SAMPLING_RANK {
             return Ok(Vec::new());
         }
-        (0..step.sampled.len()).map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect()
+        let rows = 0..step.sampled.len();
+        let logits = rows.map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect::<Result<_>>()?;
+        collective.check()?;
+        Ok(logits)
     }
 
     /// Makes room for steps of up to `rows` rows.

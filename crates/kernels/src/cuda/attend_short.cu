@@ -7,11 +7,12 @@
 //   one without spans (padding) is passed over.
 //   scale: of the scores, f32, positive. rows_per_item: rows that `splits` has room for in each item, i32.
 //
-// A block takes one span of one slice and unit, each of its 4 warps one sub-span. What a lane needs of keys and values passes
-// through a ring in shared memory that no other thread looks at, so that much is on its way without taking registers.
+// A block takes one span of one slice and unit, each of its 4 warps one sub-span. Keys and values pass through a ring in shared
+// memory in which every lane has places of its own, so that much is on its way without taking registers.
 #include "attend.cuh"
 
 static constexpr i32 WARPS = SPAN_KEYS / SUB_SPAN_KEYS;
+static constexpr i32 RING_QUADS = GROUPS;
 
 // The last of `count` ascending offsets that is at most `value`; offsets[0] is. The warp searches together.
 static __device__ __forceinline__ i32 last_at_most(const u32* offsets, i32 count, u32 value, i32 lane) {
@@ -26,10 +27,9 @@ static __device__ __forceinline__ i32 last_at_most(const u32* offsets, i32 count
     return first;
 }
 
-// Of a warp: its ring, and then the state of its sub-span.
+// Of a warp: its ring, then the state of its sub-span.
 template <i32 D> struct SubSpan {
     static constexpr i32 STRIDE = D + 8;  // so that a warp's rows fall into different banks
-    static constexpr i32 RING_QUADS = 4;
 
     union {
         uint4 ring[RING_QUADS][4][32];
@@ -38,12 +38,9 @@ template <i32 D> struct SubSpan {
     State states[TILE_ROWS];
 };
 
-// A lane's pieces of the keys and then of the values of a sub-span, four at a time, in the order of their use. All that the ring
-// has room for are on their way.
+// A lane's way to its pieces of keys and values. They come in quads: of keys, the four tiles of a group in a chunk; of values, for a
+// group, four times 8 columns. As many quads as the ring has places are on their way, taken in the order in which they were begun.
 template <i32 D> struct Pieces {
-    static constexpr i32 RING_QUADS = SubSpan<D>::RING_QUADS;
-    static constexpr i32 COLUMN_TILES = D == 16 ? 2 : 4;  // of values, that are worked on together
-    static constexpr i32 KEY_QUADS = GROUPS * CHUNKS<D>;
     static constexpr i32 VALUE_QUADS = D / 8;
 
     uint4 (*ring)[4][32];
@@ -63,99 +60,126 @@ template <i32 D> struct Pieces {
             keys[half] = block + (8 * (q / 2) + q % 2) * D + 8 * (D == 16 ? t / 2 : t);
             values[half] = block + BLOCK_KEYS * D + q * BLOCK_KEYS + 8 * t;
         }
+    }
+
+    __device__ __forceinline__ void begin_keys(i32 group, i32 chunk) {
+        const u16* from = keys[group / 2] + GROUP_KEYS * (group % 2) * D + 32 * chunk;
 #pragma unroll
-        for (i32 quad = 0; quad < RING_QUADS; quad++) {
-            copy(quad);
+        for (i32 i = 0; i < 4; i++) {
+            cp_async16(&ring[group % RING_QUADS][i][lane], from + 2 * i * D, true);
         }
+        cp_async_commit();
     }
 
-    // Where the four pieces of a quad come from: keys are tiles 0..3 of a group, in one chunk.
-    __device__ __forceinline__ const u16* source(i32 quad, i32 i) const {
-        if (quad < KEY_QUADS) {
-            i32 group = quad / CHUNKS<D>, chunk = quad % CHUNKS<D>;
-            return keys[group / 2] + (GROUP_KEYS * (group % 2) + 2 * i) * D + 32 * chunk;
-        }
-        i32 group = group_of(quad - KEY_QUADS, i), tile = tile_of(quad - KEY_QUADS, i);
-        return values[group / 2] + GROUP_KEYS * (group % 2) + 8 * BLOCK_KEYS * tile;
+    static __device__ __forceinline__ constexpr i32 value_group(i32 quad, i32 i) {
+        return (4 * quad + i) / (D / 8);
+    }
+    static __device__ __forceinline__ constexpr i32 value_tile(i32 quad, i32 i) {
+        return (4 * quad + i) % (D / 8);
     }
 
-    // Values: which group of keys, and which 8 columns.
-    static __device__ __forceinline__ constexpr i32 group_of(i32 quad, i32 i) {
-        return (4 * quad + i) / COLUMN_TILES % GROUPS;
-    }
-    static __device__ __forceinline__ constexpr i32 tile_of(i32 quad, i32 i) {
-        return (4 * quad + i) / (COLUMN_TILES * GROUPS) * COLUMN_TILES + i % COLUMN_TILES;
-    }
-
-    // Beyond the last quad, an empty group: so the number of those under way is always the same.
-    __device__ __forceinline__ void copy(i32 quad) {
-        if (quad < KEY_QUADS + VALUE_QUADS) {
+    // Beyond the last quad nothing, so that the number of quads under way is always the same.
+    __device__ __forceinline__ void begin_values(i32 quad) {
+        if (quad < VALUE_QUADS) {
 #pragma unroll
             for (i32 i = 0; i < 4; i++) {
-                cp_async16(&ring[quad % RING_QUADS][i][lane], source(quad, i), true);
+                i32 group = value_group(quad, i);
+                const u16* from = values[group / 2] + GROUP_KEYS * (group % 2) + 8 * BLOCK_KEYS * value_tile(quad, i);
+                cp_async16(&ring[quad % RING_QUADS][i][lane], from, true);
             }
         }
         cp_async_commit();
     }
 
-    __device__ __forceinline__ void take(i32 quad, uint4 (&pieces)[4]) {
+    __device__ __forceinline__ void take_keys(i32 group, uint4 (&pieces)[4]) {
         cp_async_wait<RING_QUADS - 1>();
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
-            const uint4* piece = &ring[quad % RING_QUADS][i][lane];
-            if (D == 16 && quad < KEY_QUADS) {  // half a piece for each lane
+            const uint4* piece = &ring[group % RING_QUADS][i][lane];
+            if constexpr (D == 16) {  // two lanes have copies of the same piece, and use a half each
                 uint2 half = reinterpret_cast<const uint2*>(piece)[lane % 2];
                 pieces[i] = make_uint4(half.x, half.y, 0, 0);
             } else {
                 pieces[i] = load16(piece);
             }
         }
-        copy(quad + RING_QUADS);
+    }
+
+    __device__ __forceinline__ void take_values(i32 quad, uint4 (&pieces)[4]) {
+        cp_async_wait<RING_QUADS - 1>();
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            pieces[i] = load16(&ring[quad % RING_QUADS][i][lane]);
+        }
     }
 };
+
+// Adds a chunk's products to all scores, and begins with the next chunk or, after the LAST, with the values.
+template <i32 D, bool LAST>
+static __device__ __forceinline__ void score_chunk(Scores& scores, const Queries& queries, Pieces<D>& pieces, i32 chunk) {
+#pragma unroll
+    for (i32 group = 0; group < GROUPS; group++) {
+        uint4 keys[4];
+        pieces.take_keys(group, keys);
+        if (LAST) {
+            pieces.begin_values(group);
+        } else {
+            pieces.begin_keys(group, chunk + 1);
+        }
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            add_scores<D>(scores.tile[4 * group + i], queries, keys[i]);
+        }
+    }
+}
 
 // The weighted values of a sub-span. Unless it is WHOLE, its values from key `length` on are replaced by zeros.
 template <i32 D, bool WHOLE>
 static __device__ __forceinline__ void weigh_values(float (&o)[D / 8][4], const Weights& weights, Pieces<D>& pieces, i32 length) {
+    clear(o);
 #pragma unroll
     for (i32 quad = 0; quad < Pieces<D>::VALUE_QUADS; quad++) {
         uint4 values[4];
-        pieces.take(Pieces<D>::KEY_QUADS + quad, values);
+        pieces.take_values(quad, values);
+        pieces.begin_values(quad + RING_QUADS);
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
-            i32 group = Pieces<D>::group_of(quad, i);
+            i32 group = Pieces<D>::value_group(quad, i);
             if (!WHOLE) {
                 values[i] = keep_first(values[i], length - GROUP_KEYS * group - 8 * (pieces.lane % 4));
             }
-            add_values(o[Pieces<D>::tile_of(quad, i)], weights, group, values[i]);
+            add_values(o[Pieces<D>::value_tile(quad, i)], weights, group, values[i]);
         }
     }
 }
 
 // One warp's sub-span, from key `first`.
 template <i32 D>
-static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice,
-                                                       const Queries<D>& queries, i32 first, float exponent, SubSpan<D>& shared, i32 lane) {
+static __device__ __forceinline__ void attend_sub_span(const Attention& attention, const SliceUnit& slice, i32 first,
+                                                       float exponent, SubSpan<D>& shared, i32 lane) {
     i32 length = min(slice.start + slice.tokens - first, SUB_SPAN_KEYS);
     i32 row = lane / 4;
     Pieces<D> pieces(shared, attention, slice.table + first / BLOCK_KEYS, slice.unit, length, lane);
+#pragma unroll
+    for (i32 group = 0; group < GROUPS; group++) {
+        pieces.begin_keys(group, 0);
+    }
+    QueryRows<D> rows(attention, slice, row, lane % 4);
     Scores scores;
     clear(scores.tile);
-#pragma unroll
-    for (i32 quad = 0; quad < Pieces<D>::KEY_QUADS; quad++) {
-        uint4 keys[4];
-        pieces.take(quad, keys);
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            add_scores<D>(scores.tile[quad / CHUNKS<D> * 4 + i], queries, quad % CHUNKS<D>, keys[i]);
-        }
+    Queries queries = rows.load(0);
+#pragma unroll 1
+    for (i32 chunk = 0; chunk + 1 < CHUNKS<D>; chunk++) {
+        Queries next = rows.load(chunk + 1);
+        score_chunk<D, false>(scores, queries, pieces, chunk);
+        queries = next;
     }
+    score_chunk<D, true>(scores, queries, pieces, CHUNKS<D> - 1);
     hide_keys(scores, slice.seen(row, attention.group) - first, slice.seen(row + 8, attention.group) - first, lane);
     Weights weights;
     State low, high;
     softmax(scores, exponent, weights, low, high);
     float o[D / 8][4];
-    clear(o);
     if (length == SUB_SPAN_KEYS) {
         weigh_values<D, true>(o, weights, pieces, length);
     } else {
@@ -222,10 +246,8 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
         SliceUnit slice = SliceUnit::at(attention, splits.slices[index], unit);
         i32 first = static_cast<i32>(span - splits.span_offset[index]) * SPAN_KEYS;
         i32 sub_spans = min(ceil_div(slice.start + slice.tokens - first, SUB_SPAN_KEYS), WARPS);
-        Queries<D> queries;
-        queries.load(attention, slice, 0, lane);
         if (warp < sub_spans) {
-            attend_sub_span<D>(attention, slice, queries, first + warp * SUB_SPAN_KEYS, exponent, shared[warp], lane);
+            attend_sub_span<D>(attention, slice, first + warp * SUB_SPAN_KEYS, exponent, shared[warp], lane);
         }
         __syncthreads();
         i64 item = (static_cast<i64>(span) * attention.units + unit) * rows_per_item;
@@ -235,7 +257,7 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
 }
 
 #define ATTEND_SHORT(D)                                                                                          \
-    KERNEL(128, 2, attend_short_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item)) { \
+    KERNEL(128, 0, attend_short_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item)) { \
         __shared__ SubSpan<D> shared[WARPS];                                                                     \
         attend_short<D>(attention, splits, scale, rows_per_item, shared);                                        \
     }
