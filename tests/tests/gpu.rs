@@ -82,7 +82,7 @@ fn logits_are_the_same_bits_at_every_width_and_in_every_cut() {
     if !emulator::open() {
         return;
     }
-    for name in ["yi-nano", "gqa7"] {
+    for name in ["yi-nano", "gqa7", "gptq4"] {
         let golden = golden::load(name);
         let ends = [1, 2, 65, 300];
         let cuts = [1, 2, 30, 65, 66, 270, 298, 299, 300];
