@@ -76,8 +76,8 @@ QUANTISED_MODELS = {
     "gptq8": {**QUANTISED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {
         "quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": False, "sym": True, "damp_percent": 0.01,
         "static_groups": False, "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None}},
-    # A group for every row, and zero points as they are.
-    "gptq4": {**QUANTISED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {
+    # A group for every row, and zero points as they are; heads that GPUs take.
+    "gptq4": {**QUANTISED, "head_dim": 16, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {
         "quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": False,
         "checkpoint_format": "gptq_v2"}},
 }

@@ -1,10 +1,11 @@
 //! A group whose ranks are threads of the test, for looking at logits.
 
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 
 use anyhow::Result;
-use comm::{MeshCollective, Transport, local_group};
+use comm::{Collective, MeshCollective, local_group};
 use engine::{
     BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
 };
@@ -13,7 +14,14 @@ use model::{ModelOptions, ModelSource, SAMPLING_RANK};
 
 /// Options for a test: room for `tokens` tokens of one sequence is enough for every golden prompt.
 pub fn options(dtype: DType) -> ModelOptions {
-    ModelOptions { dtype, kv_dtype: dtype, max_context: None, kv_memory: Some(64 << 20), progress: false }
+    ModelOptions {
+        dtype,
+        kv_dtype: dtype,
+        max_context: None,
+        kv_memory: Some(64 << 20),
+        step_rows: None,
+        progress: false,
+    }
 }
 
 /// Runs `plans` on `width` ranks and returns the logits of every sampled row, in order.
@@ -27,24 +35,34 @@ pub fn logits<B: Backend>(
 where
     B::Buffer: kernels::HostBuffer,
 {
+    let join = |transport, ranges: &[Range<usize>]| {
+        Ok((backend()?, MeshCollective::new(transport, ranges.to_vec())?))
+    };
+    logits_of(dir, options, local_group(width), join, plans)
+}
+
+/// Likewise, for ranks that take their places by `join`, each on its own thread.
+pub fn logits_of<P: Send, B: Backend, C: Collective<B::Buffer>>(
+    dir: &Path,
+    options: &ModelOptions,
+    places: Vec<P>,
+    join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
+    plans: &[StepPlan],
+) -> Result<Vec<Vec<f32>>> {
+    let width = places.len();
+    let run = |place| -> Result<Vec<Vec<f32>>> {
+        let source = ModelSource::open(dir, options.clone())?;
+        let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
+        let (backend, collective) = join(place, &ranges)?;
+        let mut executor = source.executor(backend, &ranges, collective)?;
+        let mut all = Vec::new();
+        for plan in plans {
+            all.extend(executor.logits(plan)?);
+        }
+        Ok(all)
+    };
     thread::scope(|scope| {
-        let threads: Vec<_> = local_group(width)
-            .into_iter()
-            .map(|transport| {
-                let backend = &backend;
-                scope.spawn(move || -> Result<Vec<Vec<f32>>> {
-                    let source = ModelSource::open(dir, options.clone())?;
-                    let ranges = rank_ranges(source.config().shape.kv_heads, transport.size())?;
-                    let collective = MeshCollective::new(transport, ranges.clone())?;
-                    let mut executor = source.executor(backend()?, &ranges, collective)?;
-                    let mut all = Vec::new();
-                    for plan in plans {
-                        all.extend(executor.logits(plan)?);
-                    }
-                    Ok(all)
-                })
-            })
-            .collect();
+        let threads: Vec<_> = places.into_iter().map(|place| scope.spawn(|| run(place))).collect();
         let mut results: Vec<_> =
             threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
         for result in &results {

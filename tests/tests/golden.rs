@@ -1,7 +1,7 @@
 //! The model against Hugging Face transformers, and against itself at every width and in every cut.
 
 use kernels::cpu::Path;
-use kernels::{BLOCK_TOKENS, Backend, Cpu, DType, Oracle};
+use kernels::{BLOCK_TOKENS, Cpu, DType, Oracle};
 use phalanx_tests::golden::{self, Golden};
 use phalanx_tests::ranks::{logits, options, plans};
 

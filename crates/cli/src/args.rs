@@ -37,6 +37,9 @@ pub(crate) struct ModelArgs {
     /// On GPUs: part of the memory that a worker may use for weights, KV cache and all else
     #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = parse_part)]
     pub(crate) gpu_memory_utilization: f64,
+    /// Rows of one step: decoding sequences and chunks of prompts; of a group's workers and coordinator alike [default: 512, on GPUs 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) max_batch_tokens: Option<u32>,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -104,6 +107,15 @@ impl ModelArgs {
         self.threads.map_or_else(|| (cores() / workers.max(1)).max(1), usize::from)
     }
 
+    /// Rows of the largest step.
+    pub(crate) fn max_batch_tokens(&self) -> u32 {
+        self.max_batch_tokens.unwrap_or(if self.on_gpu() { 4096 } else { 512 })
+    }
+
+    fn on_gpu(&self) -> bool {
+        matches!(self.device, DeviceArg::Cuda(_))
+    }
+
     /// The device of this process.
     pub(crate) fn device(&self) -> Device {
         match self.device {
@@ -124,6 +136,7 @@ impl ModelArgs {
             kv_dtype: self.kv_dtype.unwrap_or(self.dtype).into(),
             max_context: self.max_context,
             kv_memory: self.kv_memory,
+            step_rows: self.on_gpu().then(|| self.max_batch_tokens() as usize),
             progress,
         }
     }
@@ -143,6 +156,7 @@ impl ModelArgs {
         };
         push("--kv-dtype", self.kv_dtype.map(name));
         push("--max-context", self.max_context.map(|n| n.to_string()));
+        push("--max-batch-tokens", Some(self.max_batch_tokens().to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
         if let DeviceArg::Cuda(number) = self.device {

@@ -70,7 +70,10 @@ impl Embedded {
         }
 
         let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
-        let config = CoordinatorConfig::new(width, Secret::new(&secret)?);
+        let config = CoordinatorConfig {
+            max_batch_tokens: args.model.max_batch_tokens(),
+            ..CoordinatorConfig::new(width, Secret::new(&secret)?)
+        };
         let grpc = service::listen("--grpc", grpc).await?;
         let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
         let service = Service::start(config, grpc, cluster, tokenizer)?;

@@ -27,6 +27,16 @@ pub(crate) struct Model<B: Backend, C> {
     activations: Option<Activations<B>>,
 }
 
+/// How a model is laid out over a group.
+pub(crate) struct Layout<'a> {
+    pub(crate) config: &'a Config,
+    /// The units of every rank.
+    pub(crate) ranges: &'a [Range<usize>],
+    pub(crate) dtype: DType,
+    /// Rows of the largest step, if its activations are to be taken at once.
+    pub(crate) rows: Option<usize>,
+}
+
 /// What the forward pass needs to know of the config and of this rank's share.
 struct Dims {
     hidden: usize,
@@ -68,18 +78,19 @@ struct Activations<B: Backend> {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
-    /// `ranges`: the units of every rank of the group.
+    /// `ranges`: the units of every rank of the group. Activations for steps of `rows` rows (if given; larger steps take more
+    /// later) are taken before `kv` sizes the KV cache by what is left.
     pub(crate) fn new(
-        backend: B,
+        mut backend: B,
         collective: C,
-        config: &Config,
         weights: Weights<B>,
-        kv: B::KvCache,
-        ranges: &[Range<usize>],
-        dtype: DType,
-    ) -> Self {
-        let dims = Dims::new(config, ranges, collective.rank(), dtype);
-        Self { backend, collective, weights, kv, dims, activations: None }
+        layout: &Layout<'_>,
+        kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
+    ) -> Result<Self> {
+        let dims = Dims::new(layout.config, layout.ranges, collective.rank(), layout.dtype);
+        let activations = layout.rows.map(|rows| Activations::allocate(&backend, &dims, rows)).transpose()?;
+        let kv = kv(&mut backend)?;
+        Ok(Self { backend, collective, weights, kv, dims, activations })
     }
 
     /// A step of `batch`, of which some rows are sampled.
@@ -90,6 +101,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
         self.reserve(step.rows)?;
+        self.collective.check()?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
         let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
@@ -104,7 +116,9 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// The choices of the oldest step that began and was not asked about; nothing on ranks that do not sample.
     pub(crate) fn choices(&mut self) -> Result<Vec<Choice>> {
-        Ok(self.backend.choices()?)
+        let choices = self.backend.choices()?;
+        self.collective.check()?;
+        Ok(choices)
     }
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
@@ -119,7 +133,10 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         if collective.rank() != SAMPLING_RANK {
             return Ok(Vec::new());
         }
-        (0..step.sampled.len()).map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect()
+        let rows = 0..step.sampled.len();
+        let logits = rows.map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect::<Result<_>>()?;
+        collective.check()?;
+        Ok(logits)
     }
 
     /// Makes room for steps of up to `rows` rows.

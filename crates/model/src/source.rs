@@ -15,7 +15,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::executor::{Limits, ModelExecutor};
-use crate::forward::Model;
+use crate::forward::{Layout, Model};
 use crate::names::{LayerTensor, Tensor};
 use crate::weights::Weights;
 
@@ -35,6 +35,9 @@ pub struct ModelOptions {
     pub max_context: Option<usize>,
     /// Bytes of this rank's KV cache; `None`: four contexts, as far as the device has room.
     pub kv_memory: Option<u64>,
+    /// Rows of the largest step: activations for it are taken while loading, so that memory cannot run out later. `None`: as
+    /// steps come.
+    pub step_rows: Option<usize>,
     /// Draw a progress bar while loading.
     pub progress: bool,
 }
@@ -113,7 +116,7 @@ impl ModelSource {
     /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
     pub fn executor<B: Backend, C: Collective<B::Buffer>>(
         &self,
-        mut backend: B,
+        backend: B,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {
@@ -137,15 +140,18 @@ impl ModelSource {
         bar.finish_and_clear();
 
         let kv_shape = self.kv_shape(held.len());
-        let kv_blocks = self.kv_blocks(&backend, kv_shape)?;
-        let kv = backend.kv_cache(kv_shape, kv_blocks)?;
+        let layout = Layout { config: &self.config, ranges, dtype, rows: self.options.step_rows };
+        let mut kv_blocks = 0;
+        let model = Model::new(backend, collective, weights, &layout, |backend| {
+            kv_blocks = self.kv_blocks(backend, kv_shape)?;
+            Ok(backend.kv_cache(kv_shape, kv_blocks)?)
+        })?;
         let limits = Limits {
             vocabulary: self.config.shape.vocab,
             max_context: self.max_context(),
             kv_blocks,
             block_size: BLOCK_TOKENS,
         };
-        let model = Model::new(backend, collective, &self.config, weights, kv, ranges, dtype);
         Ok(ModelExecutor::new(model, limits))
     }
 

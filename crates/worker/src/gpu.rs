@@ -6,6 +6,9 @@ use kernels::CudaOptions;
 
 use crate::{WorkerConfig, WorkerError};
 
+#[cfg(feature = "cuda")]
+pub(crate) use self::built_in::run;
+
 /// Not built in.
 #[cfg(not(feature = "cuda"))]
 pub(crate) async fn run(
@@ -13,6 +16,53 @@ pub(crate) async fn run(
     _: CudaOptions,
     _: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
-    let words = "this program was built without its GPU backend (feature `cuda`)";
-    Err(WorkerError::Device(kernels::Error::Unsupported(words.into())))
+    kernels::gpus().map(drop).map_err(WorkerError::Device)
+}
+
+#[cfg(feature = "cuda")]
+mod built_in {
+    use cluster::Assignment;
+    use comm::cuda::StagedCollective;
+    use comm::{AbortHandle, TcpTransport};
+    use kernels::{Backend, Cuda};
+    use model::ModelExecutor;
+    use tracing::info;
+
+    use super::*;
+    use crate::load::{Load, Site, ranges};
+    use crate::{identity, serve_until};
+
+    /// Shares on a GPU; ranks over TCP.
+    struct CudaLoad {
+        site: Site,
+        options: CudaOptions,
+    }
+
+    /// Serves until `shutdown`; see [`crate::run`].
+    pub(crate) async fn run(
+        config: WorkerConfig,
+        options: CudaOptions,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), WorkerError> {
+        // Opened here for its errors and its kernels, which are compiled now; the executor thread opens it for good.
+        let gpu = Cuda::open(options.clone()).map_err(WorkerError::Device)?;
+        let (free, total) = gpu.memory().map_err(WorkerError::Device)?;
+        info!(gpu = gpu.name().map_err(WorkerError::Device)?, free, total, "found");
+        let site = Site::open(&config, gpu.path())?;
+        drop(gpu);
+        let identity = identity(config, &site);
+        serve_until(&identity, CudaLoad { site, options }, shutdown).await
+    }
+
+    impl Load for CudaLoad {
+        type Executor = ModelExecutor<Cuda, StagedCollective<TcpTransport>>;
+
+        fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
+            let ranges = ranges(assignment);
+            let transport = self.site.form(assignment, abort)?;
+            let gpu = Cuda::open(self.options.clone())?;
+            let collective = StagedCollective::new(&gpu, transport, ranges.clone())?;
+            self.site.source.executor(gpu, &ranges, collective)
+        }
+    }
 }

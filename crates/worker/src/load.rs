@@ -25,7 +25,7 @@ pub(crate) trait Load: Send + Sync + 'static {
 
 /// A checkpoint and the port of this worker's collectives: what a worker has before it is given a share.
 pub(crate) struct Site {
-    source: ModelSource,
+    pub(crate) source: ModelSource,
     listener: Listener,
     secret: Secret,
     /// What it serves.
@@ -60,7 +60,11 @@ impl Site {
     }
 
     /// Connects with the other ranks.
-    fn form(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
+    pub(crate) fn form(
+        &self,
+        assignment: &Assignment,
+        abort: AbortHandle,
+    ) -> Result<TcpTransport, model::Error> {
         let Assignment { epoch, group, rank, members } = assignment;
         let spec = GroupSpec {
             group: group.clone(),
@@ -74,7 +78,7 @@ impl Site {
 }
 
 /// The units of every rank.
-fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
+pub(crate) fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
     assignment.members.iter().map(|member| member.units.clone()).collect()
 }
 

@@ -12,8 +12,13 @@ use crate::patience::{Patience, SLEEP};
 /// What a rank is about to do, or has begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Call {
-    Reduce { len: usize },
-    Gather { root: usize, elements: usize },
+    Reduce {
+        len: usize,
+    },
+    Gather {
+        root: usize,
+        elements: usize,
+    },
     /// The kernel of the call before is on its way.
     Begun,
 }
@@ -90,7 +95,9 @@ impl Meeting {
         let others = self.wait(abort, None, |state| {
             match state.places.iter().position(|place| place.calls < number) {
                 Some(missing) => Err(missing),
-                None => Ok(state.places.iter().map(|p| p.latest[((number - 1) % 2) as usize]).collect::<Vec<_>>()),
+                None => {
+                    Ok(state.places.iter().map(|p| p.latest[((number - 1) % 2) as usize]).collect::<Vec<_>>())
+                }
             }
         })?;
         match others.into_iter().enumerate().find(|(_, other)| *other != Some(call)) {

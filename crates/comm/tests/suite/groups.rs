@@ -5,7 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use comm::{
-    AbortHandle, Collective, GroupSpec, Listener, LocalTransport, MeshCollective, Result, TcpTransport, Transport,
+    AbortHandle, Collective, GroupSpec, Listener, LocalTransport, MeshCollective, Result, TcpTransport,
+    Transport,
 };
 use kernels::HostBuffer;
 

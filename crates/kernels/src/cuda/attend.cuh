@@ -73,11 +73,7 @@ struct SliceUnit {
 
     // Keys that `row` sees, from position 0; none if there is no such row.
     __device__ __forceinline__ i32 seen(i32 row, i32 group) const {
-        return has(row, group) ? start + row / group + 1 : 0;
-    }
-
-    __device__ __forceinline__ bool has(i32 row, i32 group) const {
-        return row < tokens * group;
+        return row < tokens * group ? start + row / group + 1 : 0;
     }
 
     // The elements before `row` of q and of the result.
@@ -104,26 +100,34 @@ template <i32 D> static __device__ __forceinline__ uint4 load_piece(const u16* r
     }
 }
 
-// A warp's queries, as operands.
-template <i32 D> struct Queries {
-    uint4 a[2 * CHUNKS<D>];
+// A warp's queries in one chunk, as operands.
+struct Queries {
+    uint4 a[2];
+};
 
-    // Of the lane's two rows, `first` + lane / 4 and 8 more; zeros of a row that the slice does not have. (The masking also puts the words in their order as operands once
-    // and for all. The compiler would do it at each use, with as many instructions again as there are products.)
-    __device__ __forceinline__ void load(const Attention& attention, const SliceUnit& slice, i32 first, i32 lane) {
-        i32 row = first + lane / 4;
+// The lane's two rows of q; zeros for a row that the slice does not have.
+template <i32 D> struct QueryRows {
+    const u16* low;
+    const u16* high;
+    u32 low_mask;
+    u32 high_mask;
+    i32 t;
+
+    // `row` and 8 more.
+    __device__ __forceinline__ QueryRows(const Attention& attention, const SliceUnit& slice, i32 row, i32 t) : t(t) {
         i32 last = slice.tokens * attention.group - 1;
-        const u16* low_row = attention.q + slice.place<D>(min(row, last), attention);
-        const u16* high_row = attention.q + slice.place<D>(min(row + 8, last), attention);
-        u32 low_mask = row <= last ? 0xffffffffu : 0;
-        u32 high_mask = row + 8 <= last ? 0xffffffffu : 0;
-#pragma unroll
-        for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-            uint4 low = load_piece<D>(low_row, chunk, lane % 4);
-            uint4 high = load_piece<D>(high_row, chunk, lane % 4);
-            a[2 * chunk] = make_uint4(low.x & low_mask, high.x & high_mask, low.y & low_mask, high.y & high_mask);
-            a[2 * chunk + 1] = make_uint4(low.z & low_mask, high.z & high_mask, low.w & low_mask, high.w & high_mask);
-        }
+        low = attention.q + slice.place<D>(min(row, last), attention);
+        high = attention.q + slice.place<D>(min(row + 8, last), attention);
+        low_mask = row <= last ? 0xffffffffu : 0;
+        high_mask = row + 8 <= last ? 0xffffffffu : 0;
+    }
+
+    // The masking also puts the words in their order as operands. The compiler would do that again for each product.
+    __device__ __forceinline__ Queries load(i32 chunk) const {
+        uint4 l = load_piece<D>(low, chunk, t);
+        uint4 h = load_piece<D>(high, chunk, t);
+        return Queries{{make_uint4(l.x & low_mask, h.x & high_mask, l.y & low_mask, h.y & high_mask),
+                        make_uint4(l.z & low_mask, h.z & high_mask, l.w & low_mask, h.w & high_mask)}};
     }
 };
 
@@ -138,13 +142,10 @@ struct Weights {
 };
 
 // Adds one chunk's products to a tile of scores; chunks come in ascending order.
-template <i32 D>
-static __device__ __forceinline__ void add_scores(float (&tile)[4], const Queries<D>& queries, i32 chunk, uint4 keys) {
-    uint4 a = queries.a[2 * chunk];
-    mma_bf16(tile, a.x, a.y, a.z, a.w, keys.x, keys.y);
+template <i32 D> static __device__ __forceinline__ void add_scores(float (&tile)[4], const Queries& queries, uint4 keys) {
+    mma_bf16(tile, queries.a[0].x, queries.a[0].y, queries.a[0].z, queries.a[0].w, keys.x, keys.y);
     if constexpr (D != 16) {
-        a = queries.a[2 * chunk + 1];
-        mma_bf16(tile, a.x, a.y, a.z, a.w, keys.z, keys.w);
+        mma_bf16(tile, queries.a[1].x, queries.a[1].y, queries.a[1].z, queries.a[1].w, keys.z, keys.w);
     }
 }
 

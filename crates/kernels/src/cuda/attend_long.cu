@@ -69,7 +69,7 @@ template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, 
 
 // Scores of one block of keys, `half` 0 or 1 of the sub-span.
 template <i32 D>
-static __device__ __forceinline__ void score_block(Scores& scores, const Queries<D>& queries, const u16* tile, i32 half, i32 lane) {
+static __device__ __forceinline__ void score_block(Scores& scores, const Queries (&queries)[CHUNKS<D>], const u16* tile, i32 half, i32 lane) {
     i32 odd = lane / 4 % 2;
     const u16* row = tile + (8 * (lane / 8) + odd) * D + 8 * (lane % 4);
     const u16* quarters[2] = {row + 32 * odd, row + 32 * (1 - odd)};
@@ -88,7 +88,7 @@ static __device__ __forceinline__ void score_block(Scores& scores, const Queries
                 } else {
                     keys = load16(quarters[chunk % 2] + key * D + 64 * (chunk / 2));
                 }
-                add_scores<D>(scores.tile[4 * (2 * half + part) + i], queries, chunk, keys);
+                add_scores<D>(scores.tile[4 * (2 * half + part) + i], queries[chunk], keys);
             }
         }
     }
@@ -172,8 +172,12 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     };
     copy_keys<D>(tile(0), block(0), keys);
 
-    Queries<D> queries;
-    queries.load(attention, slice, first_row, lane);
+    QueryRows<D> query_rows(attention, slice, first_row + lane / 4, lane % 4);
+    Queries queries[CHUNKS<D>];
+#pragma unroll
+    for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
+        queries[chunk] = query_rows.load(chunk);
+    }
     // The total outputs: of each tile of 8 columns, this thread's four numbers side by side.
     float4* total = dynamic_shared<float4>() + TILES * BLOCK_KEYS * D / 8 + threadIdx.x;
 #pragma unroll
@@ -241,7 +245,7 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
 }
 
 #define ATTEND_LONG(D)                                                                                     \
-    KERNEL(128, 2, attend_long_d##D, (Attention attention, const u32* tiles, float scale, u16* out)) { \
+    KERNEL(128, 0, attend_long_d##D, (Attention attention, const u32* tiles, float scale, u16* out)) { \
         attend_long<D>(attention, tiles, scale, out);                                                      \
     }
 

@@ -40,7 +40,8 @@ impl Buffer {
         if dtype == DType::F32 && rows * cols >= len && Rc::ptr_eq(self.device(), device) {
             return Ok(self.pointer());
         }
-        let detail = format!("{len} elements of f32 on this GPU where a buffer is {dtype:?} [{rows}, {cols}]");
+        let detail =
+            format!("{len} elements of f32 on this GPU where a buffer is {dtype:?} [{rows}, {cols}]");
         Err(Error::Shape { op, detail })
     }
 

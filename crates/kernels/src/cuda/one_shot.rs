@@ -147,7 +147,8 @@ impl OneShot {
         let whole = 0..tree.units;
         let program = FoldProgram::new(&all, std::slice::from_ref(&whole))?;
         let mut leaves = Leaves { rank: [0; MAX_UNITS], part: [0; MAX_UNITS] };
-        let sources = subtrees.iter().enumerate().flat_map(|(r, theirs)| (0..theirs.len()).map(move |p| (r, p)));
+        let sources =
+            subtrees.iter().enumerate().flat_map(|(r, theirs)| (0..theirs.len()).map(move |p| (r, p)));
         for (index, (rank, part)) in sources.enumerate() {
             (leaves.rank[index], leaves.part[index]) = (rank as u8, part as u8);
         }

@@ -45,10 +45,8 @@ impl Stage {
         for (part, buffer) in target.chunks_exact_mut(len.max(1)).zip(buffers) {
             let source = buffer.floats("load", &device, len)?;
             // SAFETY: both have as many elements; the device is waited for before anybody reads the target.
-            unsafe {
-                cudarc::driver::result::memcpy_dtoh_async(part, source, device.stream().cu_stream())
-            }
-            .map_err(|e| failed("copying from the GPU", e))?;
+            unsafe { cudarc::driver::result::memcpy_dtoh_async(part, source, device.stream().cu_stream()) }
+                .map_err(|e| failed("copying from the GPU", e))?;
         }
         device.synchronize()?;
         Ok(target)

@@ -1,7 +1,6 @@
 //! The GPU that tests run on: the emulator's, or with `PHALANX_TEST_GPU=1` this machine's own.
 
 use std::env;
-use std::sync::OnceLock;
 
 use kernels::cuda::{self, Store};
 use kernels::{Cuda, CudaOptions};
@@ -13,26 +12,7 @@ const REAL_VARIABLE: &str = "PHALANX_TEST_GPU";
 
 /// Whether there is a GPU to test; says so where there is none.
 pub(crate) fn present() -> bool {
-    static PRESENT: OnceLock<bool> = OnceLock::new();
-    *PRESENT.get_or_init(|| {
-        if env::var_os(REAL_VARIABLE).is_some() {
-            return true;
-        }
-        match emulator::libraries() {
-            Ok(folder) => {
-                for library in ["libcuda.so", "libnvrtc.so", "libcublasLt.so"] {
-                    // SAFETY: a library of our own, whose initialisers do nothing; it stays open.
-                    let library = unsafe { libloading::Library::new(folder.join(library)) }.unwrap();
-                    std::mem::forget(library);
-                }
-                true
-            }
-            Err(absent) => {
-                eprintln!("skipped: {absent}");
-                false
-            }
-        }
-    })
+    env::var_os(REAL_VARIABLE).is_some() || emulator::open()
 }
 
 /// A GPU whose every allocation has a guard behind it.
