@@ -103,7 +103,9 @@ impl Transport for TcpTransport {
             let Some(stream) = stream else { continue };
             let source = match stream.peek(&mut [0]) {
                 Ok(0) => ErrorKind::ConnectionAborted.into(),
-                Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => error,
+                Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    error
+                }
                 _ => continue,
             };
             return Err(Error::Lost { rank, source });

@@ -182,7 +182,8 @@ impl<T: Transport> Collective<Buffer> for NcclCollective<T> {
         partials: &[Partial<Buffer>],
         out: &mut Buffer,
     ) -> Result<()> {
-        let checked = self.ranges.check_reduce(tree, self.rank, partials.iter().map(|partial| &partial.units));
+        let checked =
+            self.ranges.check_reduce(tree, self.rank, partials.iter().map(|partial| &partial.units));
         self.group.borrow_mut().call(checked, |communicator, go_on| {
             if self.deterministic {
                 communicator.tree_reduce(tree, len, &self.ranges.subtrees(tree), partials, out, go_on)
@@ -201,9 +202,9 @@ impl<T: Transport> Collective<Buffer> for NcclCollective<T> {
         out: &mut Buffer,
     ) -> Result<()> {
         let checked = self.ranges.check_gather(root, counts);
-        self.group.borrow_mut().call(checked, |communicator, go_on| {
-            communicator.gather(root, rows, x, counts, out, go_on)
-        })
+        self.group
+            .borrow_mut()
+            .call(checked, |communicator, go_on| communicator.gather(root, rows, x, counts, out, go_on))
     }
 
     /// Records hold the communicator: they are of no use once it was aborted.

@@ -275,7 +275,17 @@ mod gpu {
     suite!(staged_tcp, StagedCollective<TcpTransport>, 4);
     suite!(local_gpu, LocalGpu, 16);
     // The emulated library waits on the thread that calls: what frees a real one is in `device`.
-    suite!(nccl, NcclCollective<TcpTransport>, 8, [
-        all_widths, large_messages, gathers, mixed_calls, a_peer_may_leave_after_its_last_call, false_arguments_are_errors
-    ]);
+    suite!(
+        nccl,
+        NcclCollective<TcpTransport>,
+        8,
+        [
+            all_widths,
+            large_messages,
+            gathers,
+            mixed_calls,
+            a_peer_may_leave_after_its_last_call,
+            false_arguments_are_errors
+        ]
+    );
 }

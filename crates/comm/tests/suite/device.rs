@@ -167,7 +167,8 @@ fn nccl_adds_in_its_own_order() {
         let mut nccl = NcclCollective::form(&cuda, transport, ranges.clone(), false, LONG).unwrap();
         let tree = Tree { units: 8 };
         let sum = |units: &std::ops::Range<usize>| units.clone().sum::<usize>() as f32;
-        let partial = |units: std::ops::Range<usize>| Partial { sum: buffer(&cuda, &[sum(&units); 300]), units };
+        let partial =
+            |units: std::ops::Range<usize>| Partial { sum: buffer(&cuda, &[sum(&units); 300]), units };
         let partials: Vec<_> = tree.subtrees(&ranges[rank]).into_iter().map(partial).collect();
         let mut out = buffer(&cuda, &[0.0; 301]);
         nccl.tree_reduce(tree, 300, &partials, &mut out).unwrap();

@@ -100,14 +100,20 @@ impl Communicator {
         let nccl = Nccl::open()?;
         let device = cuda.device().clone();
         device.bind()?;
-        let mut communicator =
-            Self { nccl, device, handle: ptr::null_mut(), rank, size, inboxes: Vec::new(), ahead: VecDeque::new() };
+        let mut communicator = Self {
+            nccl,
+            device,
+            handle: ptr::null_mut(),
+            rank,
+            size,
+            inboxes: Vec::new(),
+            ahead: VecDeque::new(),
+        };
         let mut config = Config::non_blocking();
         let handle = &raw mut communicator.handle;
         // SAFETY: `handle` is written before this returns; the others are values, or read before it returns.
-        let status = unsafe {
-            (nccl.functions.begin)(handle, size as i32, RawId(id.0), rank as i32, &raw mut config)
-        };
+        let status =
+            unsafe { (nccl.functions.begin)(handle, size as i32, RawId(id.0), rank as i32, &raw mut config) };
         communicator.accept("connecting by NCCL", status)?;
         communicator.settle("connecting by NCCL", go_on)?;
         Ok(communicator)
@@ -204,7 +210,9 @@ impl Communicator {
                 leaves.extend(own.iter().map(|&part| element(part, share.start)));
                 continue;
             }
-            messages.extend(own.iter().map(|&p| Message::to(rank, element(p, shares[rank].start), shares[rank].len())));
+            messages.extend(
+                own.iter().map(|&p| Message::to(rank, element(p, shares[rank].start), shares[rank].len())),
+            );
             for _ in theirs {
                 messages.push(Message::from(rank, free, share.len()));
                 leaves.push(free);
@@ -330,7 +338,9 @@ impl Communicator {
                 let status = unsafe {
                     match sent {
                         true => (functions.send)(address as _, len, FLOAT32, peer as i32, it.handle, stream),
-                        false => (functions.receive)(address as _, len, FLOAT32, peer as i32, it.handle, stream),
+                        false => {
+                            (functions.receive)(address as _, len, FLOAT32, peer as i32, it.handle, stream)
+                        }
                     }
                 };
                 if status != SUCCESS && status != IN_PROGRESS {
