@@ -58,6 +58,13 @@ impl Transport for LocalTransport {
         Ok(())
     }
 
+    fn check(&self) -> Result<()> {
+        match self.inboxes[self.rank].iter().position(|inbox| inbox.lock().closed) {
+            Some(rank) => Err(Error::Lost { rank, source: ErrorKind::ConnectionAborted.into() }),
+            None => Ok(()),
+        }
+    }
+
     fn abort_handle(&self) -> AbortHandle {
         self.abort.clone()
     }

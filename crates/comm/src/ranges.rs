@@ -30,6 +30,12 @@ impl Ranges {
         Ok(Self { ranges, units })
     }
 
+    /// Ranks.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn size(&self) -> usize {
+        self.ranges.len()
+    }
+
     /// The sub-trees that every rank holds whole.
     pub(crate) fn subtrees(&self, tree: Tree) -> Vec<Vec<Range<usize>>> {
         self.ranges.iter().map(|units| tree.subtrees(units)).collect()

@@ -1,5 +1,6 @@
 //! Ranks as processes, connected by TCP: one connection between any two.
 
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -95,6 +96,21 @@ impl Transport for TcpTransport {
                 self.sleep(&outgoing, &incoming)?;
             }
         }
+    }
+
+    fn check(&self) -> Result<()> {
+        for (rank, stream) in self.streams.iter().enumerate() {
+            let Some(stream) = stream else { continue };
+            let source = match stream.peek(&mut [0]) {
+                Ok(0) => ErrorKind::ConnectionAborted.into(),
+                Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    error
+                }
+                _ => continue,
+            };
+            return Err(Error::Lost { rank, source });
+        }
+        Ok(())
     }
 
     fn abort_handle(&self) -> AbortHandle {

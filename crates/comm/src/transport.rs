@@ -13,6 +13,9 @@ pub trait Transport {
     /// sides know the lengths: a message of another call or length is an error. A rank occurs at most once in either
     /// list, and never is this one. After an error the transport is of no use.
     fn exchange(&mut self, outgoing: &[(usize, &[u8])], incoming: &mut [(usize, &mut [u8])]) -> Result<()>;
+    /// Whether every other rank is still there, as far as can be seen without waiting; [`Error::Lost`](crate::Error::Lost) names one
+    /// that is not.
+    fn check(&self) -> Result<()>;
     /// The handle that frees a blocked `exchange`.
     fn abort_handle(&self) -> AbortHandle;
 }

@@ -74,7 +74,7 @@ impl Compiler {
         Ok(Self { command, include, folder: folder.to_owned(), plain, simt })
     }
 
-    /// The folder with the three libraries of the emulator's `sources` and the `kernels`.
+    /// The folder with the four libraries of the emulator's `sources` and the `kernels`.
     pub(crate) fn libraries(&self, sources: &[PathBuf], kernels: &[PathBuf]) -> PathBuf {
         let _lock = self.lock();
         let all: Vec<PathBuf> = sources.iter().chain(kernels).cloned().collect();
@@ -90,12 +90,15 @@ impl Compiler {
             let index = all.iter().position(|source| source.file_stem().is_some_and(|s| s == stem));
             objects[index.expect("a source of this name")].clone()
         };
-        let (nvrtc, cublaslt) = (made_from("nvrtc"), made_from("cublaslt"));
-        let driver: Vec<_> = objects.iter().filter(|&o| *o != nvrtc && *o != cublaslt).cloned().collect();
+        let [nvrtc, cublaslt, nccl] = ["nvrtc", "cublaslt", "nccl"].map(made_from);
+        let others = [&nvrtc, &cublaslt, &nccl];
+        let driver: Vec<_> = objects.iter().filter(|object| !others.contains(object)).cloned().collect();
         self.link(&making, "libcuda.so", &driver, &[]);
         self.link(&making, "libnvrtc.so", &[nvrtc], &[]);
-        // It submits its work to the driver next to it.
-        self.link(&making, "libcublasLt.so", &[cublaslt, making.join("libcuda.so")], &["-Wl,-rpath,$ORIGIN"]);
+        // These submit their work to the driver next to them.
+        for (name, object) in [("libcublasLt.so", cublaslt), ("libnccl.so.2", nccl)] {
+            self.link(&making, name, &[object, making.join("libcuda.so")], &["-Wl,-rpath,$ORIGIN"]);
+        }
         fs::rename(&making, &done).unwrap_or_else(|e| panic!("{}: {e}", done.display()));
         done
     }

@@ -1,9 +1,9 @@
 //! A GPU for tests: CUDA's driver API on the CPU, running the kernel sources of `kernels`.
 //!
-//! The emulator itself is C++ (`simt.h`, `simt/`, `driver/`, `nvrtc.cpp`, `cublaslt.cpp`); this crate compiles it, together with
-//! the kernels, into `libcuda.so`, `libnvrtc.so` and `libcublasLt.so`. Host code runs against them unchanged: put the folder in
-//! `LD_LIBRARY_PATH` of a new process, or open the libraries by their full path before the first call (their SONAMEs are the
-//! names that are looked for).
+//! The emulator itself is C++ (`simt.h`, `simt/`, `driver/`, `nvrtc.cpp`, `cublaslt.cpp`, `nccl.cpp`); this crate compiles it,
+//! together with the kernels, into `libcuda.so`, `libnvrtc.so`, `libcublasLt.so` and `libnccl.so.2`. Host code runs against them
+//! unchanged: put the folder in `LD_LIBRARY_PATH` of a new process, or open the libraries by their full path before the first call
+//! (their SONAMEs are the names that are looked for).
 //!
 //! What can be set, by environment variables that the libraries read:
 //! - `PHALANX_EMULATOR_ORDER` = `forward`, `reverse`, `shuffled`: the order of a block's threads, and when a `cp.async` lands.

@@ -12,7 +12,7 @@ pub fn open() -> bool {
     static OPEN: OnceLock<bool> = OnceLock::new();
     *OPEN.get_or_init(|| match crate::libraries() {
         Ok(folder) => {
-            for name in ["libcuda.so", "libnvrtc.so", "libcublasLt.so"] {
+            for name in ["libcuda.so", "libnvrtc.so", "libcublasLt.so", "libnccl.so.2"] {
                 // SAFETY: a library of our own, whose initialisers do nothing. It stays open.
                 let library = unsafe { Library::new(folder.join(name)) };
                 std::mem::forget(library.unwrap_or_else(|e| panic!("{name}: {e}")));

@@ -19,8 +19,9 @@ pub const SAMPLING_RANK: usize = 0;
 
 /// One rank of a model.
 pub(crate) struct Model<B: Backend, C> {
-    backend: B,
+    // Dropped first: other ranks must not wait for this one while it frees a device's memory.
     collective: C,
+    backend: B,
     weights: Weights<B>,
     kv: B::KvCache,
     dims: Dims,
@@ -161,6 +162,13 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     pub(crate) fn backend_mut(&mut self) -> &mut B {
         &mut self.backend
+    }
+}
+
+impl<B: Backend, C> Drop for Model<B, C> {
+    fn drop(&mut self) {
+        // What was recorded may name the collective.
+        self.backend.reset();
     }
 }
 

@@ -37,7 +37,8 @@ impl Drop for LocalGpuSeat {
 /// Kernels wait for each other on the device, so all ranks must be able to run at once. What makes the driver wait for a whole
 /// device (freeing memory, loading a kernel) must therefore not fall between one rank's launch and another's: the threads meet
 /// before they launch, and again after. A recorded call does not meet; between the steps that are replayed nothing of the kind
-/// happens. Several ranks on one device need a hardware queue each: set `CUDA_DEVICE_MAX_CONNECTIONS=32` for more than four.
+/// happens. Drop this before other memory of the device is freed, so that the others see it go. Several ranks on one device need a hardware
+/// queue each: set `CUDA_DEVICE_MAX_CONNECTIONS=32` for more than four.
 #[derive(Debug)]
 pub struct LocalGpu {
     // Dropped first: it tells the kernels of the others.
@@ -50,6 +51,11 @@ pub struct LocalGpu {
 }
 
 impl LocalGpuSeat {
+    /// The number of this place.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
     /// Takes the place with this thread's GPU, and waits for the others. `ranges`: the units of every rank, in order. `abort` frees
     /// every wait; `limit` is how long a rank waits here for the others, and a kernel for the kernels of others.
     ///

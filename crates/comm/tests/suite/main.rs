@@ -4,6 +4,8 @@
 #![allow(clippy::single_range_in_vec_init, reason = "one rank has one range of units")]
 
 mod collectives;
+#[cfg(feature = "cuda")]
+mod device;
 mod forming;
 #[cfg(feature = "cuda")]
 mod gpu;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use cudarc::driver::CudaEvent;
 
-use super::device::{Device, failed};
+use super::device::Device;
 use super::memory::{Memory, Pinned};
 use crate::{Choice, Error, Result};
 

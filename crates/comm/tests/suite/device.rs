@@ -1,0 +1,244 @@
+//! What happens on the device alone: waits of kernels that end without the others, recorded calls, and NCCL's own ways.
+
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use comm::cuda::{LocalGpu, NcclCollective, local_gpu_group};
+use comm::{AbortHandle, Collective, Error, LocalTransport, Transport};
+use kernels::cuda::{Buffer, Missed, OneShot};
+use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Tree};
+
+use crate::gpu::{buffer, open, values};
+use crate::groups::{Kind, LONG, each_rank};
+
+/// Rank 0 of two, of which the other never launches; what `end` does while rank 0's kernel waits.
+fn waits_alone(patience: Duration, end: impl Fn(&kernels::cuda::Board) + Sync) -> Option<Missed> {
+    let cuda = open(0);
+    let board = Arc::new(OneShot::board(&cuda).unwrap());
+    let mailboxes = (0..2).map(|_| Arc::new(OneShot::mailbox(&cuda).unwrap())).collect();
+    let mut one_shot = OneShot::new(&cuda, 0, mailboxes, board.clone(), patience).unwrap();
+    let partials = [Partial { units: 0..1, sum: buffer(&cuda, &[1.0; 5000]) }];
+    let mut out = buffer(&cuda, &[0.0; 5000]);
+    let subtrees = [vec![0..1], vec![1..2]];
+    let mut reduce = || one_shot.reduce(Tree { units: 2 }, 5000, &subtrees, &partials, &mut out).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Whether it waits by now or not.
+            thread::sleep(Duration::from_millis(20));
+            end(&board);
+        });
+        reduce();
+        cuda.synchronize().unwrap();
+    });
+    let begun = Instant::now();
+    reduce();
+    cuda.synchronize().unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500), "after a failure nothing waits");
+    one_shot.missed()
+}
+
+#[test]
+fn a_kernel_that_waits_is_aborted() {
+    if LocalGpu::present() {
+        assert_eq!(waits_alone(LONG, |board| board.abort(0)), Some(Missed::Aborted));
+    }
+}
+
+#[test]
+fn a_kernel_notices_a_rank_that_left() {
+    if LocalGpu::present() {
+        assert_eq!(waits_alone(LONG, |board| board.leave(1)), Some(Missed::Left(1)));
+    }
+}
+
+#[test]
+fn a_kernel_does_not_wait_for_ever() {
+    if LocalGpu::present() {
+        assert_eq!(waits_alone(Duration::from_millis(50), |_| ()), Some(Missed::Late(1)));
+    }
+}
+
+/// The decoding of one token.
+fn decoding(cuda: &Cuda) -> Step {
+    let slice = Slice { start: 0, len: 1, blocks: vec![0] };
+    let draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, position: 0 };
+    cuda.step(vec![0], Batch { slices: vec![slice] }, vec![SampledRow { row: 0, draw }])
+}
+
+/// Begins a step that only reduces, so that it may be recorded.
+fn reducing_step(
+    cuda: &mut Cuda,
+    collective: &mut impl Collective<Buffer>,
+    partials: &[Partial<Buffer>],
+    out: &mut Buffer,
+) {
+    let step = decoding(cuda);
+    let tree = Tree { units: collective.size() };
+    let run = cuda.run(&step, collective.can_be_recorded(), |_| {
+        // Two in one step.
+        collective.tree_reduce(tree, 3000, partials, out).map_err(words)?;
+        collective.tree_reduce(tree, 3000, partials, out).map_err(words)
+    });
+    run.unwrap();
+    cuda.synchronize().unwrap();
+    collective.check().unwrap();
+}
+
+fn words(error: Error) -> kernels::Error {
+    kernels::Error::Unsupported(error.to_string())
+}
+
+/// A step is called, recorded and replayed: every time with other values.
+fn replays<K: Kind<Site = Cuda, Buffer = Buffer>>() {
+    const SIZE: usize = 3;
+    each_rank(K::group(SIZE), |rank, end| {
+        let ranges: Vec<_> = (0..SIZE).map(|rank| rank..rank + 1).collect();
+        let (mut cuda, mut collective) = K::join(end, &ranges).unwrap();
+        let shape = KvShape { layers: 1, units: 1, group: 1, head_dim: 64, dtype: DType::Bf16 };
+        let _kv = cuda.kv_cache(shape, 4).unwrap();
+        let mut partials = [Partial { units: rank..rank + 1, sum: buffer(&cuda, &[0.0; 3000]) }];
+        let mut out = buffer(&cuda, &[0.0; 3000]);
+        for turn in 0..6 {
+            let value = (turn * SIZE + rank) as f32;
+            partials[0].sum.write(&[value; 3000]).unwrap();
+            reducing_step(&mut cuda, &mut collective, &partials, &mut out);
+            let expected: f32 = (0..SIZE).map(|rank| (turn * SIZE + rank) as f32).sum();
+            assert_eq!(values(&out), [expected; 3000], "turn {turn}");
+        }
+        // Records are gone before the communicator that they name, and that before memory.
+        cuda.reset();
+        drop(collective);
+    });
+}
+
+#[test]
+fn one_shot_kernels_are_replayed() {
+    if LocalGpu::present() {
+        replays::<LocalGpu>();
+    }
+}
+
+#[test]
+fn nccl_calls_are_replayed() {
+    if LocalGpu::present() {
+        replays::<NcclCollective<LocalTransport>>();
+    }
+}
+
+/// While steps are replayed the host meets nobody: the kernels themselves notice.
+#[test]
+fn a_rank_that_stops_replaying_is_noticed() {
+    if !LocalGpu::present() {
+        return;
+    }
+    each_rank(local_gpu_group(2), |rank, seat| {
+        let mut cuda = open(rank);
+        let mut collective = seat.join(&cuda, vec![0..1, 1..2], AbortHandle::default(), LONG).unwrap();
+        let shape = KvShape { layers: 1, units: 1, group: 1, head_dim: 64, dtype: DType::Bf16 };
+        let _kv = cuda.kv_cache(shape, 4).unwrap();
+        let partials = [Partial { units: rank..rank + 1, sum: buffer(&cuda, &[1.0; 3000]) }];
+        let mut out = buffer(&cuda, &[0.0; 3000]);
+        for _ in 0..4 {
+            reducing_step(&mut cuda, &mut collective, &partials, &mut out);
+        }
+        if rank == 1 {
+            // Before memory is freed, which waits for the other's kernel where both are on one device.
+            return drop(collective);
+        }
+        let step = decoding(&cuda);
+        cuda.run(&step, true, |_| Err(kernels::Error::Unsupported("not replayed".into()))).unwrap();
+        cuda.synchronize().unwrap();
+        let error = collective.check().unwrap_err();
+        assert!(matches!(error, Error::Lost { rank: 1, .. }), "{error}");
+        assert!(matches!(collective.check(), Err(Error::Ended)));
+    });
+}
+
+/// In NCCL's own order sums need not have the tree's bits.
+#[test]
+fn nccl_adds_in_its_own_order() {
+    if !LocalGpu::present() {
+        return;
+    }
+    each_rank(comm::local_group(3), |rank, transport| {
+        let cuda = open(rank);
+        let ranges = vec![0..3, 3..4, 4..8];
+        let mut nccl = NcclCollective::form(&cuda, transport, ranges.clone(), false, LONG).unwrap();
+        let tree = Tree { units: 8 };
+        let sum = |units: &std::ops::Range<usize>| units.clone().sum::<usize>() as f32;
+        let partial =
+            |units: std::ops::Range<usize>| Partial { sum: buffer(&cuda, &[sum(&units); 300]), units };
+        let partials: Vec<_> = tree.subtrees(&ranges[rank]).into_iter().map(partial).collect();
+        let mut out = buffer(&cuda, &[0.0; 301]);
+        nccl.tree_reduce(tree, 300, &partials, &mut out).unwrap();
+        nccl.check().unwrap();
+        assert_eq!(values(&out), [vec![28.0; 300], vec![0.0]].concat());
+    });
+}
+
+#[test]
+fn nccl_does_not_wait_for_a_rank_that_is_gone() {
+    if !LocalGpu::present() {
+        return;
+    }
+    each_rank(comm::local_group(2), |rank, transport| {
+        let cuda = open(rank);
+        let mut nccl = NcclCollective::form(&cuda, transport, vec![0..1, 1..2], true, LONG).unwrap();
+        if rank == 0 {
+            let partials = [Partial { units: 0..1, sum: buffer(&cuda, &[1.0; 8]) }];
+            let mut out = buffer(&cuda, &[0.0; 8]);
+            let called = nccl.tree_reduce(Tree { units: 2 }, 8, &partials, &mut out).and_then(|()| {
+                cuda.synchronize()?;
+                nccl.check()
+            });
+            let error = called.unwrap_err();
+            assert!(matches!(error, Error::Lost { rank: 1, .. } | Error::Device(_)), "{error}");
+            let again = nccl.tree_reduce(Tree { units: 2 }, 8, &partials, &mut out);
+            assert!(matches!(again, Err(Error::Ended)), "{again:?}");
+        }
+    });
+}
+
+/// Rank 1 has a transport but never connects by NCCL.
+#[test]
+fn forming_by_nccl_is_aborted() {
+    if !LocalGpu::present() {
+        return;
+    }
+    let freed = Barrier::new(2);
+    let ends = comm::local_group(2);
+    let abort = ends[0].abort_handle();
+    each_rank(ends, |rank, mut transport| {
+        if rank == 1 {
+            transport.exchange(&[], &mut [(0, &mut [0; 128])]).unwrap();
+            thread::sleep(Duration::from_millis(20));
+            abort.abort();
+        } else {
+            let cuda = open(0);
+            let formed = NcclCollective::form(&cuda, transport, vec![0..1, 1..2], true, LONG);
+            assert!(matches!(formed, Err(Error::Aborted)), "{formed:?}");
+        }
+        freed.wait();
+    });
+}
+
+/// Neither comes to the group in time: the one that does says who is missing.
+#[test]
+fn forming_by_nccl_has_a_limit() {
+    if !LocalGpu::present() {
+        return;
+    }
+    let over = Barrier::new(2);
+    each_rank(comm::local_group(2), |rank, mut transport| {
+        if rank == 1 {
+            transport.exchange(&[], &mut [(0, &mut [0; 128])]).unwrap();
+        } else {
+            let cuda = open(0);
+            let limit = Duration::from_millis(30);
+            let formed = NcclCollective::form(&cuda, transport, vec![0..1, 1..2], true, limit);
+            assert!(matches!(formed, Err(Error::Device(_))), "{formed:?}");
+        }
+        over.wait();
+    });
+}
