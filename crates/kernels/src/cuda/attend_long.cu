@@ -4,8 +4,8 @@
 //   grid (tiles, units), block 128, dynamic shared memory 640·D bytes: 3 tiles [64][D] bf16 of keys or values, and the
 //   total outputs [64][D] f32 (D = 128: 81920 bytes, 2 blocks on a multiprocessor of an A100 or H100).
 //   attention: see attend.cuh.
-//   tiles: u32 pairs (slice, first row): rows first row..first row + 63 of the slice, each (token, head), see attend.cuh; first row
-//     is a multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
+//   tiles: u32 pairs (slice, first row): 64 rows of the slice, (token, head) as attend.cuh numbers them; first row is a
+//     multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
 //     Tiles of many keys first.
 //   scale: of the scores, f32, positive.
 //   out: bf16 [T, units · group · D].
@@ -67,11 +67,11 @@ template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, 
     }
 }
 
-// Scores of one block of keys, `half` 0 or 1 of the sub-span. `queries` are those of chunk 0, before and after: each chunk's are read
-// again, mostly from L1, while the one before is worked on, for there is no room for all of them in registers.
+// Scores of one block of keys, `half` 0 or 1 of the sub-span. `queries` are those of chunk 0, before and after: each chunk's are
+// read again, mostly from L1, while the one before is worked on, for there is no room for all of them in registers.
 template <i32 D>
-static __device__ __forceinline__ void score_block(Scores& scores, const QueryRows<D>& rows, Queries& queries, const u16* tile, i32 half,
-                                                   i32 lane) {
+static __device__ __forceinline__ void score_block(Scores& scores, const QueryRows<D>& rows, Queries& queries, const u16* tile,
+                                                   i32 half, i32 lane) {
     i32 odd = lane / 4 % 2;
     const u16* row = tile + (8 * (lane / 8) + odd) * D + (D == 16 ? 4 : 8) * (lane % 4);
 #pragma unroll 1
@@ -89,8 +89,8 @@ static __device__ __forceinline__ void score_block(Scores& scores, const QueryRo
 
 // Folds a sub-span into the outputs of a span: the weighted values of its two blocks, a few columns after the other.
 template <i32 D>
-static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0, const u16* tile1,
-                                                   Fold low, Fold high, i32 lane) {
+static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0,
+                                                   const u16* tile1, Fold low, Fold high, i32 lane) {
     constexpr i32 TOGETHER = D == 16 ? 2 : 4;
     i32 odd = lane / 4 % 2;
     i32 row = lane / 4 * BLOCK_KEYS + 8 * (lane % 4);
@@ -120,8 +120,8 @@ static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], cons
 
 // Writes one of the lane's two rows, if the slice has it.
 template <i32 D, i32 HIGH>
-static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, i32 first_row, const float4* total,
-                                                 float factor, u16* out) {
+static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, i32 first_row,
+                                                 const float4* total, float factor, u16* out) {
     i32 row = first_row + static_cast<i32>(threadIdx.x % 32 / 4) + 8 * HIGH;
     if (row >= slice.tokens * attention.group) {
         return;
@@ -230,9 +230,10 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     write_row<D, 1>(attention, slice, first_row, total, normaliser(total_high), out);
 }
 
-#define ATTEND_LONG(D)                                                                                     \
+// No least number of blocks is asked for: given one, the compiler fills the registers that it leaves, and spills.
+#define ATTEND_LONG(D)                                                                                 \
     KERNEL(128, 0, attend_long_d##D, (Attention attention, const u32* tiles, float scale, u16* out)) { \
-        attend_long<D>(attention, tiles, scale, out);                                                      \
+        attend_long<D>(attention, tiles, scale, out);                                                  \
     }
 
 ATTEND_LONG(16)
