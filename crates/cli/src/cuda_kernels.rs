@@ -16,8 +16,8 @@ pub(crate) enum KernelsCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct CompileArgs {
-    /// What to compile for: sm_80 (A100), sm_86, sm_89 (L40), sm_90a (H100), sm_100a (B200), sm_120a, compute_90 (PTX)
-    #[arg(long, value_name = "ARCH,…", value_delimiter = ',', default_value = "sm_80,sm_86,sm_89,sm_90a")]
+    /// What to compile for: sm_80 (A100; also A10, L40, RTX 30 and 40), sm_90a (H100, H200), compute_90 (PTX for newer GPUs)
+    #[arg(long, value_name = "ARCH,…", value_delimiter = ',', default_value = "sm_80,sm_90a")]
     arch: Vec<String>,
     /// Folder to fill in place of the user's cache; PHALANX_KERNELS=DIR takes kernels from there, where there is no NVRTC too
     #[arg(long, value_name = "DIR")]

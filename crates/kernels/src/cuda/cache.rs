@@ -157,7 +157,7 @@ mod tests {
             Key::new(&changed, &[HEADER], Arch::Sm80),
             Key::new(&SOURCE, &[changed], Arch::Sm80),
             Key::new(&SOURCE, &[], Arch::Sm80),
-            Key::new(&SOURCE, &[HEADER], Arch::Sm86),
+            Key::new(&SOURCE, &[HEADER], Arch::Sm90a),
         ] {
             assert_ne!(key, other);
         }
