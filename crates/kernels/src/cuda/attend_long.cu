@@ -4,8 +4,8 @@
 //   grid (tiles, units), block 128, dynamic shared memory 640·D bytes: 3 tiles [64][D] bf16 of keys or values, and the
 //   total outputs [64][D] f32 (D = 128: 81920 bytes, 2 blocks on a multiprocessor of an A100 or H100).
 //   attention: see attend.cuh.
-//   tiles: u32 pairs (slice, first row): rows first row..first row + 63 of the slice, each (token, head), see attend.cuh; first row
-//     is a multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
+//   tiles: u32 pairs (slice, first row): 64 rows of the slice, (token, head) as attend.cuh numbers them; first row is a
+//     multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
 //     Tiles of many keys first.
 //   scale: of the scores, f32, positive.
 //   out: bf16 [T, units · group · D].
@@ -67,37 +67,30 @@ template <i32 D> static __device__ __forceinline__ void clear_values(u16* tile, 
     }
 }
 
-// Scores of one block of keys, `half` 0 or 1 of the sub-span.
+// Scores of one block of keys, `half` 0 or 1 of the sub-span. `queries` are those of chunk 0, before and after: each chunk's are
+// read again, mostly from L1, while the one before is worked on, for there is no room for all of them in registers.
 template <i32 D>
-static __device__ __forceinline__ void score_block(Scores& scores, const Queries (&queries)[CHUNKS<D>], const u16* tile, i32 half, i32 lane) {
+static __device__ __forceinline__ void score_block(Scores& scores, const QueryRows<D>& rows, Queries& queries, const u16* tile,
+                                                   i32 half, i32 lane) {
     i32 odd = lane / 4 % 2;
-    const u16* row = tile + (8 * (lane / 8) + odd) * D + 8 * (lane % 4);
-    const u16* quarters[2] = {row + 32 * odd, row + 32 * (1 - odd)};
+    const u16* row = tile + (8 * (lane / 8) + odd) * D + (D == 16 ? 4 : 8) * (lane % 4);
+#pragma unroll 1
+    for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
+        const u16* quarter = D < 64 ? row : row + 32 * (chunk ^ odd);
+        Queries next = rows.load(chunk + 1 < CHUNKS<D> ? chunk + 1 : 0);
 #pragma unroll
-    for (i32 part = 0; part < 2; part++) {
-#pragma unroll
-        for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-#pragma unroll
-            for (i32 i = 0; i < 4; i++) {
-                i32 key = GROUP_KEYS * part + 2 * i;
-                uint4 keys;
-                if constexpr (D == 16) {
-                    keys = load_piece<D>(row + (key * D - 4 * (lane % 4)), 0, 0);
-                } else if constexpr (D == 32) {
-                    keys = load16(row + key * D);
-                } else {
-                    keys = load16(quarters[chunk % 2] + key * D + 64 * (chunk / 2));
-                }
-                add_scores<D>(scores.tile[4 * (2 * half + part) + i], queries[chunk], keys);
-            }
+        for (i32 i = 0; i < 8; i++) {
+            i32 key = GROUP_KEYS * (i / 4) + 2 * (i % 4);
+            add_scores<D>(scores.tile[8 * half + i], queries, load_piece<D>(quarter + key * D, 0, 0));
         }
+        queries = next;
     }
 }
 
 // Folds a sub-span into the outputs of a span: the weighted values of its two blocks, a few columns after the other.
 template <i32 D>
-static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0, const u16* tile1,
-                                                   Fold low, Fold high, i32 lane) {
+static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0,
+                                                   const u16* tile1, Fold low, Fold high, i32 lane) {
     constexpr i32 TOGETHER = D == 16 ? 2 : 4;
     i32 odd = lane / 4 % 2;
     i32 row = lane / 4 * BLOCK_KEYS + 8 * (lane % 4);
@@ -127,8 +120,8 @@ static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], cons
 
 // Writes one of the lane's two rows, if the slice has it.
 template <i32 D, i32 HIGH>
-static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, i32 first_row, const float4* total,
-                                                 float factor, u16* out) {
+static __device__ __forceinline__ void write_row(const Attention& attention, const SliceUnit& slice, i32 first_row,
+                                                 const float4* total, float factor, u16* out) {
     i32 row = first_row + static_cast<i32>(threadIdx.x % 32 / 4) + 8 * HIGH;
     if (row >= slice.tokens * attention.group) {
         return;
@@ -156,9 +149,8 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     SliceUnit slice = SliceUnit::at(attention, slice_index, unit);
     i32 rows = slice.tokens * attention.group;
     i32 first_row = tile_row + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
-    // Keys that the last row of the tile sees, and of the warp.
+    // Keys that the tile's last row sees.
     i32 keys = slice.seen(min(tile_row + WARPS * TILE_ROWS, rows) - 1, attention.group);
-    i32 warp_keys = first_row < rows ? slice.seen(min(first_row + TILE_ROWS, rows) - 1, attention.group) : 0;
     i32 seen_low = slice.seen(first_row + lane / 4, attention.group);
     i32 seen_high = slice.seen(first_row + lane / 4 + 8, attention.group);
     // The block that has key `first`, or one that exists where none has: then no key of it is wanted.
@@ -173,11 +165,7 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     copy_keys<D>(tile(0), block(0), keys);
 
     QueryRows<D> query_rows(attention, slice, first_row + lane / 4, lane % 4);
-    Queries queries[CHUNKS<D>];
-#pragma unroll
-    for (i32 chunk = 0; chunk < CHUNKS<D>; chunk++) {
-        queries[chunk] = query_rows.load(chunk);
-    }
+    Queries queries = query_rows.load(0);
     // The total outputs: of each tile of 8 columns, this thread's four numbers side by side.
     float4* total = dynamic_shared<float4>() + TILES * BLOCK_KEYS * D / 8 + threadIdx.x;
 #pragma unroll
@@ -198,13 +186,11 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
         __syncthreads();
         copy_keys<D>(tile(1), block(first + BLOCK_KEYS), left - BLOCK_KEYS);
         copy_values<D>(tile(2), block(first) + BLOCK_KEYS * D, left);
-        if (first < warp_keys) {  // also keeps the compiler from moving these products past the barrier, where registers lack
-            score_block<D>(scores, queries, tile(0), 0, lane);
-        }
+        score_block<D>(scores, query_rows, queries, tile(0), 0, lane);
         cp_async_wait<1>();
         __syncthreads();
         copy_values<D>(tile(0), block(first + BLOCK_KEYS) + BLOCK_KEYS * D, left - BLOCK_KEYS);
-        score_block<D>(scores, queries, tile(1), 1, lane);
+        score_block<D>(scores, query_rows, queries, tile(1), 1, lane);
         hide_keys(scores, seen_low - first, seen_high - first, lane);
         Weights weights;
         State low, high;
@@ -244,9 +230,10 @@ static __device__ __forceinline__ void attend_long(const Attention& attention, c
     write_row<D, 1>(attention, slice, first_row, total, normaliser(total_high), out);
 }
 
-#define ATTEND_LONG(D)                                                                                     \
+// No least number of blocks is asked for: given one, the compiler fills the registers that it leaves, and spills.
+#define ATTEND_LONG(D)                                                                                 \
     KERNEL(128, 0, attend_long_d##D, (Attention attention, const u32* tiles, float scale, u16* out)) { \
-        attend_long<D>(attention, tiles, scale, out);                                                      \
+        attend_long<D>(attention, tiles, scale, out);                                                  \
     }
 
 ATTEND_LONG(16)

@@ -2,8 +2,8 @@
 //
 // attend_merge_d{16,32,64,128}(attention, splits, scale, rows_per_item, out)
 //   grid (⌈S · rows_per_item · D / 128⌉, units) for any S ≥ the number of short slices, block 128, no dynamic shared memory.
-//   attention, splits, scale, rows_per_item: as given to attend_short. Of a short slice without spans (padding), the result is zeros.
-//   out: bf16 [T, units · group · D].
+//   attention, splits, scale, rows_per_item: as given to attend_short.
+//   out: bf16 [T, units · group · D]. Rows of a short slice without spans (padding) become zeros.
 //
 // A thread takes one column of a row. It must wait for no load but the first: LOADS spans are under way.
 #include "attend.cuh"

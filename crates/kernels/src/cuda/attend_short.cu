@@ -3,8 +3,8 @@
 // attend_short_d{16,32,64,128}(attention, splits, scale, rows_per_item)
 //   grid (X, units) with any X: block x works on spans x, x + X, …, so X does not bound the spans and a recorded launch stays
 //   right as contexts grow; a few times the number of multiprocessors is good. Block 128, no dynamic shared memory.
-//   attention, splits: see attend.cuh. A short slice has tokens · group ≤ rows_per_item ≤ 16 and ⌈(start + tokens) / 512⌉ spans;
-//   one without spans (padding) is passed over.
+//   attention, splits: see attend.cuh. A short slice has tokens · group ≤ rows_per_item ≤ 16 and ⌈(start + tokens) / 512⌉
+//   spans; one without spans (padding) is passed over.
 //   scale: of the scores, f32, positive. rows_per_item: rows that `splits` has room for in each item, i32.
 //
 // A block takes one span of one slice and unit, each of its 4 warps one sub-span. Keys and values pass through a ring in shared
@@ -38,8 +38,9 @@ template <i32 D> struct SubSpan {
     State states[TILE_ROWS];
 };
 
-// A lane's way to its pieces of keys and values. They come in quads: of keys, the four tiles of a group in a chunk; of values, for a
-// group, four times 8 columns. As many quads as the ring has places are on their way, taken in the order in which they were begun.
+// A lane's way to its pieces of keys and values. They come in quads: of keys, the four tiles of a group in a chunk; of values,
+// four times 8 columns in a group. As many quads as the ring has places are on their way, and are taken in the order in which
+// they were begun. What a lane copies it alone reads, so no barrier is needed.
 template <i32 D> struct Pieces {
     static constexpr i32 VALUE_QUADS = D / 8;
 
@@ -199,8 +200,8 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
 
 // Folds the block's sub-spans and writes the span's state; `item` counts rows of `splits`. 8 threads work on a row.
 template <i32 D>
-static __device__ __forceinline__ void write_span(const SubSpan<D> (&shared)[WARPS], i32 sub_spans, i32 rows, i64 item, float exponent,
-                                                  const Splits& splits) {
+static __device__ __forceinline__ void write_span(const SubSpan<D> (&shared)[WARPS], i32 sub_spans, i32 rows, i64 item,
+                                                  float exponent, const Splits& splits) {
     i32 row = threadIdx.x / 8;
     if (row >= rows) {
         return;
@@ -256,10 +257,11 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
     }
 }
 
-#define ATTEND_SHORT(D)                                                                                          \
+// No least number of blocks is asked for: given one, the compiler fills the registers that it leaves, and spills.
+#define ATTEND_SHORT(D)                                                                                       \
     KERNEL(128, 0, attend_short_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item)) { \
-        __shared__ SubSpan<D> shared[WARPS];                                                                     \
-        attend_short<D>(attention, splits, scale, rows_per_item, shared);                                        \
+        __shared__ SubSpan<D> shared[WARPS];                                                                  \
+        attend_short<D>(attention, splits, scale, rows_per_item, shared);                                     \
     }
 
 ATTEND_SHORT(16)
