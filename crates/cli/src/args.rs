@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use kernels::{CudaOptions, DType};
+use kernels::{CudaOptions, DType, WeightFormat};
 use model::ModelOptions;
 use worker::Device;
 
@@ -34,6 +34,9 @@ pub(crate) struct ModelArgs {
     /// On GPUs: the same bits for any number of workers, batch and chunking (the CPU always keeps to that), at some cost in speed
     #[arg(long)]
     pub(crate) deterministic: bool,
+    /// On GPUs: how weights are kept that the checkpoint has in 16 or 32 bits
+    #[arg(long, value_enum, default_value_t = WeightsArg::AsStored)]
+    pub(crate) weights: WeightsArg,
     /// On GPUs: part of the memory that a worker may use for weights, KV cache and all else
     #[arg(long, value_name = "PART", default_value_t = 0.9, value_parser = parse_part)]
     pub(crate) gpu_memory_utilization: f64,
@@ -52,6 +55,15 @@ pub(crate) enum DTypeArg {
     Bf16,
     /// 32 bits: exact, slower
     F32,
+}
+
+/// How weights are kept, as people write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WeightsArg {
+    /// As the checkpoint has them, in 16 bits; quantised ones in 4 or 8
+    AsStored,
+    /// In 8 bits (E4M3 with a scale for each row), made while loading
+    Fp8,
 }
 
 /// A device, as people write it.
@@ -124,9 +136,23 @@ impl ModelArgs {
                 ordinal: number.unwrap_or(0),
                 deterministic: self.deterministic,
                 memory_utilization: self.gpu_memory_utilization,
+                weights: match self.weights {
+                    WeightsArg::AsStored => WeightFormat::AsStored,
+                    WeightsArg::Fp8 => WeightFormat::Fp8,
+                },
                 ..CudaOptions::default()
             }),
         }
+    }
+
+    /// Refuses what the device does not do.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !self.on_gpu() && (self.deterministic || self.weights != WeightsArg::AsStored) {
+            bail!(
+                "--deterministic and --weights are for GPUs (--device cuda): the CPU is always deterministic, and keeps weights in bf16"
+            );
+        }
+        Ok(())
     }
 
     /// What the model crate needs.
@@ -164,6 +190,9 @@ impl ModelArgs {
             push("--gpu-memory-utilization", Some(self.gpu_memory_utilization.to_string()));
             if self.deterministic {
                 line.push("--deterministic".into());
+            }
+            if self.weights == WeightsArg::Fp8 {
+                line.extend(["--weights".into(), "fp8".into()]);
             }
         }
         Ok(line)

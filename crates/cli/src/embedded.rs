@@ -54,6 +54,7 @@ struct Worker {
 impl Embedded {
     /// Checks all that can be checked, opens the ports and starts the workers.
     pub(crate) async fn start(args: &EmbeddedArgs, grpc: SocketAddr) -> Result<Self> {
+        args.model.check()?;
         let dir = args.model.dir()?;
         // A worker would say the same, but later and from another process.
         let shape = ModelSource::open(&dir, args.model.options(false))?.config().shape;

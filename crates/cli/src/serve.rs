@@ -136,6 +136,7 @@ impl CoordinatorArgs {
 
 impl WorkerArgs {
     pub(crate) async fn run(self) -> Result<()> {
+        self.model.check()?;
         let config = WorkerConfig {
             coordinator: self.coordinator,
             secret: self.secret.secret()?,

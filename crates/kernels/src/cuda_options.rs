@@ -9,14 +9,32 @@ pub struct CudaOptions {
     pub deterministic: bool,
     /// Part of the GPU's memory that this process may use, 0 to 1.
     pub memory_utilization: f64,
+    /// How weights are kept that the checkpoint has as they are.
+    pub weights: WeightFormat,
     /// Every weight in an allocation of its own, so that tests notice an access beyond its end.
     pub separate_allocations: bool,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { ordinal: 0, deterministic: false, memory_utilization: 0.9, separate_allocations: false }
+        Self {
+            ordinal: 0,
+            deterministic: false,
+            memory_utilization: 0.9,
+            weights: WeightFormat::AsStored,
+            separate_allocations: false,
+        }
     }
+}
+
+/// How a GPU keeps the weights that a checkpoint has in bf16, f16 or f32. Quantised ones stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WeightFormat {
+    /// In bf16.
+    #[default]
+    AsStored,
+    /// In E4M3 with a scale for each row, made while loading: half the memory, and half as much to read for a token.
+    Fp8,
 }
 
 /// GPUs of this machine that could be used, at least one.

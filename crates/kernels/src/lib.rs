@@ -21,7 +21,7 @@ pub use backend::{
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
-pub use cuda_options::{CudaOptions, gpus};
+pub use cuda_options::{CudaOptions, WeightFormat, gpus};
 pub use oracle::Oracle;
 pub use quantized::QuantizedBlock;
 pub use sample::{Choice, Draw};

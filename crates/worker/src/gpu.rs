@@ -26,7 +26,7 @@ mod built_in {
     use comm::{AbortHandle, TcpTransport};
     use kernels::{Backend, Cuda};
     use model::ModelExecutor;
-    use tracing::info;
+    use tracing::{info, warn};
 
     use super::*;
     use crate::load::{Load, Site, ranges};
@@ -48,6 +48,9 @@ mod built_in {
         let gpu = Cuda::open(options.clone()).map_err(WorkerError::Device)?;
         let (free, total) = gpu.memory().map_err(WorkerError::Device)?;
         info!(gpu = gpu.name().map_err(WorkerError::Device)?, free, total, "found");
+        if let Some(warning) = gpu.warning() {
+            warn!("{warning}");
+        }
         let site = Site::open(&config, gpu.path())?;
         drop(gpu);
         let identity = identity(config, &site);
@@ -62,7 +65,9 @@ mod built_in {
             let transport = self.site.form(assignment, abort)?;
             let gpu = Cuda::open(self.options.clone())?;
             let collective = StagedCollective::new(&gpu, transport, ranges.clone())?;
-            self.site.source.executor(gpu, &ranges, collective)
+            let mut executor = self.site.source.executor(gpu, &ranges, collective)?;
+            info!(memory = %executor.backend_mut().memory_report()?, "loaded");
+            Ok(executor)
         }
     }
 }

@@ -16,6 +16,8 @@ use crate::{Error, Result};
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Bytes on a multiple of which rows of x and of results begin.
 pub(crate) const OPERAND_ALIGNMENT: u32 = 16;
+/// Sizes of products that are remembered at a time.
+const MAX_PRODUCTS: usize = 1024;
 /// The first version whose types are those that this program was built with.
 const VERSION: usize = 130_000;
 
@@ -27,7 +29,7 @@ pub(crate) struct Blas {
     products: HashMap<Size, Product>,
 }
 
-/// `out[rows, n] (+)= x[rows, k] · W[n, k]ᵀ`: sizes, and elements from one row to the next.
+/// `out[rows, n] = x[rows, k] · W[n, k]ᵀ`: sizes, and elements from one row to the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Size {
     pub(crate) rows: usize,
@@ -73,24 +75,21 @@ impl Blas {
         Ok(Self { device: device.clone(), handle, workspace, products: HashMap::new() })
     }
 
-    /// `out = x · Wᵀ`, or `out += x · Wᵀ`; bf16 operands, f32 results, addresses on the device.
+    /// `out = x · Wᵀ`; bf16 operands, f32 results, addresses on the device.
     ///
     /// # Safety
     /// The operands are as large as `size` says; x and the result begin on a multiple of [`OPERAND_ALIGNMENT`], weights of 256.
-    pub(crate) unsafe fn multiply(
-        &mut self,
-        size: Size,
-        x: u64,
-        weight: u64,
-        out: u64,
-        accumulate: bool,
-    ) -> Result<()> {
+    pub(crate) unsafe fn multiply(&mut self, size: Size, x: u64, weight: u64, out: u64) -> Result<()> {
+        // Prompts have any length: what was found out about the rarer ones is found out anew.
+        if self.products.len() >= MAX_PRODUCTS && !self.products.contains_key(&size) {
+            self.products.clear();
+        }
         let product = match self.products.entry(size) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(vacant) => vacant.insert(Product::describe(self.handle, size)?),
         };
         let alpha = 1f32;
-        let beta = if accumulate { 1f32 } else { 0f32 };
+        let beta = 0f32;
         // SAFETY: the caller's promise about the operands; everything else belongs to this object.
         unsafe {
             result::matmul(

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use half::bf16;
 
 use super::device::Device;
-use super::memory::{Memory, Region};
+use super::memory::{ACTIVATIONS, KV_CACHE, Memory, Region};
 use crate::shape::{BLOCK, Dims, KvDims};
 use crate::{DType, Error, Result};
 
@@ -19,7 +19,7 @@ pub struct Buffer {
 impl Buffer {
     pub(crate) fn zeroed(device: &Rc<Device>, dims: Dims) -> Result<Self> {
         let bytes = dims.rows * dims.cols * dims.dtype.size();
-        Ok(Self { memory: Memory::zeroed(device, "activations", bytes)?, dims })
+        Ok(Self { memory: Memory::zeroed(device, ACTIVATIONS, bytes)?, dims })
     }
 
     pub(crate) fn dims(&self) -> Dims {
@@ -104,7 +104,7 @@ pub struct KvCache {
 impl KvCache {
     pub(crate) fn zeroed(device: &Rc<Device>, dims: KvDims) -> Result<Self> {
         let bytes = dims.blocks * kv_block_bytes(dims);
-        Ok(Self { memory: Memory::zeroed(device, "the KV cache", bytes)?, dims })
+        Ok(Self { memory: Memory::zeroed(device, KV_CACHE, bytes)?, dims })
     }
 
     pub(crate) fn pointer(&self) -> u64 {

@@ -1,8 +1,8 @@
 //! One GPU as one thread drives it: its context, a stream that everything runs on, and the kernels.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt;
 use std::rc::Rc;
@@ -33,6 +33,9 @@ pub(crate) struct Device {
     /// Those that were launched before.
     kernels: RefCell<HashMap<&'static str, Kernel>>,
     multiprocessors: u32,
+    shared_limit: u32,
+    /// Bytes that are allocated, by what for.
+    allocated: RefCell<BTreeMap<&'static str, u64>>,
     /// What looks after this thread's dealings with others while it waits.
     watcher: RefCell<Option<Box<dyn FnMut()>>>,
 }
@@ -67,16 +70,21 @@ impl Device {
         // SAFETY: one stream orders all work, so no event is needed between two uses of a buffer.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| failed(opening(), e))?;
-        let multiprocessors = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(|e| failed(opening(), e))?;
-        let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1).max(1);
+        let attribute = |attribute| {
+            let value = context.attribute(attribute).map_err(|e| failed(opening(), e))?;
+            Ok::<_, Error>(u32::try_from(value).unwrap_or_default())
+        };
+        let multiprocessors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
+        let shared_limit =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         Ok(Rc::new(Self {
             context,
             stream,
             modules: RefCell::default(),
             kernels: RefCell::default(),
             multiprocessors,
+            shared_limit,
+            allocated: RefCell::default(),
             watcher: RefCell::default(),
         }))
     }
@@ -127,6 +135,28 @@ impl Device {
     /// Multiprocessors.
     pub(crate) fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub(crate) fn shared_limit(&self) -> u32 {
+        self.shared_limit
+    }
+
+    /// Notes that `bytes` bytes were allocated for `what`.
+    pub(crate) fn note_allocated(&self, what: &'static str, bytes: usize) {
+        *self.allocated.borrow_mut().entry(what).or_default() += bytes as u64;
+    }
+
+    /// Notes that they were given back.
+    pub(crate) fn note_freed(&self, what: &'static str, bytes: usize) {
+        if let Some(allocated) = self.allocated.borrow_mut().get_mut(what) {
+            *allocated -= bytes as u64;
+        }
+    }
+
+    /// Bytes that are allocated, by what for.
+    pub(crate) fn allocated(&self) -> BTreeMap<&'static str, u64> {
+        self.allocated.borrow().clone()
     }
 
     /// Bytes of memory that are free, and that there are.

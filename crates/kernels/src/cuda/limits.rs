@@ -48,12 +48,19 @@ const REGISTERS: &[(&str, u32)] = &[
     ("one_shot_gather", 48),
     ("one_shot_reduce", 56),
     ("pack_bf16", 24),
+    ("pack_fp8", 40),
+    ("pack_int4", 24),
+    ("pack_int8", 24),
     ("place_columns", 16),
     ("rms_norm", 40),
     ("rope_table", 24),
     ("rope_write_kv", 48),
     ("sample", 64),
     ("silu_mul", 24),
+    ("unpack_bf16", 24),
+    ("unpack_fp8", 32),
+    ("unpack_int4", 40),
+    ("unpack_int8", 32),
 ];
 
 /// What is wrong with the kernels of one architecture: registers above their limit, spills, stacks, and kernels or limits

@@ -1,4 +1,4 @@
-//! Matrix products: which kernel takes which sizes, and what it is told.
+//! Matrix products: which kernel takes which sizes, and what it is told. Wide ones are those of `wide`, where they may be.
 
 use std::ops::Range;
 
@@ -8,7 +8,8 @@ use super::buffer::Buffer;
 use super::device::{Arguments, Device, Launch};
 use super::fold::{FoldProgram, MAX_UNITS, Outputs, Parts, fold};
 use super::matrix::{Format, Matrix};
-use super::memory::Scratch;
+use super::memory::{Region, Scratch};
+use super::wide::{Operands, WIDE_ROWS, Wide};
 use crate::{Error, Result};
 
 /// A dot product is summed in segments of so many.
@@ -20,12 +21,12 @@ const GEMV_TILE: usize = 16;
 /// The most warps that share the segments.
 const GEMV_WARPS: usize = 16;
 /// Bytes of units' sums at a time: more rows are done in several turns.
-const SCRATCH_BYTES: usize = 64 << 20;
+pub(crate) const SUMS_BYTES: usize = 64 << 20;
 
 /// One unit's matrix, as kernels take it (see `weights.cuh`).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-struct Panel {
+pub(crate) struct Panel {
     weights: u64,
     scales: u64,
     zeros: u64,
@@ -40,19 +41,13 @@ struct Panel {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 struct Panels([Panel; MAX_UNITS]);
 
-/// A shape of `gemm`'s tiles.
-struct Tile {
-    kernel: &'static str,
-    rows: usize,
-    weight_rows: usize,
-    threads: u32,
-    shared_bytes: u32,
-}
-
 /// What products share.
 pub(crate) struct Products<'a> {
     pub(crate) device: &'a Device,
+    /// For units' sums.
     pub(crate) scratch: &'a mut Scratch,
+    /// Unless bits are not to depend on the number of rows.
+    pub(crate) wide: Option<&'a mut Wide>,
 }
 
 impl Products<'_> {
@@ -66,14 +61,20 @@ impl Products<'_> {
     ) -> Result<()> {
         let out_cols = out.dims().cols;
         let (x_cols, x) = (x.dims().cols, x.pointer());
+        let Some(format) = format(weights)? else { return Ok(()) };
+        if rows >= WIDE_ROWS
+            && let Some(wide) = &mut self.wide
+        {
+            let operands = Operands { rows, x, x_cols, out: out.pointer(), out_cols };
+            // SAFETY: sizes were checked by `shape`; x and out begin where allocations do.
+            return unsafe { wide.side_by_side(self.device, operands, weights) };
+        }
         let mut first = 0;
-        let panels = weights.iter().map(|w| {
+        let panels = collect(weights.iter().map(|w| {
             let panel = panel(w, 0, first);
             first += w.n;
             panel
-        });
-        let panels = collect(panels)?;
-        let Some(format) = format(weights)? else { return Ok(()) };
+        }))?;
         let n = weights.iter().map(|w| w.n).max().unwrap_or(0);
         let grid_y = weights.len() as u32;
         if rows <= GEMV_ROWS {
@@ -87,7 +88,7 @@ impl Products<'_> {
                 .with(out.pointer())
                 .with(out_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(gemv_kernel(format), launch, arguments) };
+            return unsafe { self.device.launch(format.kernels().gemv, launch, arguments) };
         }
         // SAFETY: sizes were checked by `shape`.
         unsafe { self.gemm(format, panels, (rows, n, grid_y), (x, x_cols), (out.pointer(), out_cols)) }
@@ -105,6 +106,19 @@ impl Products<'_> {
         let Some(format) = format(weights)? else { return Ok(()) };
         let (x_cols, x) = (x.dims().cols, x.pointer());
         let n = weights[0].n;
+        if rows >= WIDE_ROWS
+            && let Some(wide) = &mut self.wide
+        {
+            let mut x = x;
+            for (units, out) in subtrees {
+                let weights = &weights[units.start - first_unit..units.end - first_unit];
+                let operands = Operands { rows, x, x_cols, out: *out, out_cols: n };
+                // SAFETY: sizes were checked by `shape`, sub-trees tile the weights; k is a multiple of 8 columns of x.
+                unsafe { wide.summed(self.device, operands, weights) }?;
+                x += weights.iter().map(|w| w.k * 2).sum::<usize>() as u64;
+            }
+            return Ok(());
+        }
         let leaves: Vec<_> = (first_unit..first_unit + weights.len()).map(|unit| unit..unit + 1).collect();
         let roots: Vec<_> = subtrees.iter().map(|(units, _)| units.clone()).collect();
         let program = FoldProgram::new(&leaves, &roots)?;
@@ -125,10 +139,10 @@ impl Products<'_> {
                 .with(rows as i32)
                 .with(x_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(gemv_partials_kernel(format), launch, arguments) };
+            return unsafe { self.device.launch(format.kernels().gemv_partials, launch, arguments) };
         }
         let row_bytes = weights.len() * (n + 4) * 4;
-        let turn = (SCRATCH_BYTES / row_bytes / 128 * 128).max(128).min(rows);
+        let turn = (SUMS_BYTES / row_bytes / 128 * 128).max(128).min(rows);
         let scratch = self.scratch.reserve(turn * row_bytes)?;
         for done in (0..rows).step_by(turn) {
             let rows = turn.min(rows - done);
@@ -162,7 +176,7 @@ impl Products<'_> {
         (x, x_cols): (u64, usize),
         (out, out_cols): (u64, usize),
     ) -> Result<()> {
-        let tile = tile(format, rows);
+        let tile = format.kernels().tile(rows, self.device.shared_limit());
         let blocks = rows.div_ceil(tile.rows) * n.div_ceil(tile.weight_rows);
         let launch =
             Launch { grid: (blocks as u32, count), threads: tile.threads, shared_bytes: tile.shared_bytes };
@@ -178,11 +192,12 @@ impl Products<'_> {
     }
 }
 
-fn panel(weight: &Matrix, x_offset: usize, out_offset: usize) -> Panel {
+/// `x_offset`: the first of its columns of x; `out_offset`: elements to its first result.
+pub(crate) fn panel(weight: &Matrix, x_offset: usize, out_offset: usize) -> Panel {
     Panel {
         weights: weight.weights.pointer(),
-        scales: 0,
-        zeros: 0,
+        scales: weight.scales.as_ref().map_or(0, Region::pointer),
+        zeros: weight.zeros.as_ref().map_or(0, Region::pointer),
         out_offset: out_offset as i64,
         n: weight.n as i32,
         k: weight.k as i32,
@@ -219,36 +234,6 @@ fn gemv_launch(device: &Device, n: usize, grid_y: u32, segments: usize) -> Launc
     let most = if few { GEMV_WARPS } else { GEMV_WARPS / 2 };
     let warps = segments.div_ceil(segments.div_ceil(most));
     Launch { grid: (blocks, grid_y), threads: 32 * warps as u32, shared_bytes: 512 * segments as u32 }
-}
-
-fn gemv_kernel(format: Format) -> &'static str {
-    match format {
-        Format::Bf16 => "gemv_bf16",
-    }
-}
-
-fn gemv_partials_kernel(format: Format) -> &'static str {
-    match format {
-        Format::Bf16 => "gemv_partials_bf16",
-    }
-}
-
-/// The table of gemm.cu.
-fn tile(format: Format, rows: usize) -> Tile {
-    match (format, rows) {
-        (Format::Bf16, ..=16) => {
-            Tile { kernel: "gemm_bf16_t16", rows: 16, weight_rows: 64, threads: 128, shared_bytes: 40_960 }
-        }
-        (Format::Bf16, ..=32) => {
-            Tile { kernel: "gemm_bf16_t32", rows: 32, weight_rows: 64, threads: 128, shared_bytes: 49_152 }
-        }
-        (Format::Bf16, ..=64) => {
-            Tile { kernel: "gemm_bf16_t64", rows: 64, weight_rows: 64, threads: 128, shared_bytes: 65_536 }
-        }
-        (Format::Bf16, _) => {
-            Tile { kernel: "gemm_bf16_t128", rows: 128, weight_rows: 128, threads: 256, shared_bytes: 98_304 }
-        }
-    }
 }
 
 /// What the kernels' loads of 16 bytes want of x.

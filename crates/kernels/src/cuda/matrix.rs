@@ -1,70 +1,55 @@
 //! Weights on the GPU, in the formats of `weights.cuh`.
 
-use std::cell::RefCell;
-
 use half::{bf16, f16};
 
-use super::device::{Arguments, Launch};
-use super::memory::{Arena, Region, Scratch};
-use crate::{Error, Result, RowBlock, SourceType};
+use super::memory::Region;
+use crate::SourceType;
 
-/// Rows of a tile.
+/// Rows of a tile, to a multiple of which rows are padded.
 const TILE_ROWS: usize = 16;
-/// Rows of bf16 are padded to so many elements.
-const BF16_PADDING: usize = 64;
-const PACK_THREADS: usize = 256;
 
 /// How a weight's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Format {
     /// As they are.
     Bf16,
+    /// 8 bits, with a zero point and a scale for each row and group of columns.
+    Int8,
+    /// Likewise, 4 bits.
+    Int4,
+    /// E4M3, with a scale for each row.
+    Fp8,
+}
+
+impl Format {
+    /// Bytes of the values of `[n, k]`, padding included.
+    pub(crate) fn value_bytes(self, n: usize, k: usize) -> usize {
+        let (bits, padded_k) = match self {
+            Self::Bf16 => (16, k.next_multiple_of(64)),
+            Self::Int8 | Self::Fp8 => (8, k.next_multiple_of(128)),
+            Self::Int4 => (4, k.next_multiple_of(128)),
+        };
+        padded_rows(n) * padded_k * bits / 8
+    }
+}
+
+/// Rows of the tiles that hold `n` rows.
+pub(crate) fn padded_rows(n: usize) -> usize {
+    n.next_multiple_of(TILE_ROWS)
 }
 
 /// A weight `[n, k]`.
 #[derive(Debug)]
 pub struct Matrix {
     pub(crate) format: Format,
-    pub(crate) weights: Region,
     pub(crate) n: usize,
     pub(crate) k: usize,
+    pub(crate) weights: Region,
+    /// Of rows, or of groups of rows, where the format has them.
+    pub(crate) scales: Option<Region>,
+    pub(crate) zeros: Option<Region>,
     /// Bytes that a product reads.
     pub(crate) bytes: usize,
-}
-
-impl Matrix {
-    /// Stacks blocks of the same k, and packs them on the device.
-    pub(crate) fn upload(
-        arena: &Arena,
-        staging: &RefCell<Scratch>,
-        blocks: &[RowBlock<'_>],
-        n: usize,
-        k: usize,
-    ) -> Result<Self> {
-        if !k.is_multiple_of(8) {
-            return Err(Error::Unsupported(format!(
-                "a weight of [{n}, {k}] does not suit the GPU's kernels: k must be a multiple of 8"
-            )));
-        }
-        let mut rows = Vec::with_capacity(n * k * 2);
-        for block in blocks {
-            append_bf16(block.bytes, block.dtype, &mut rows);
-        }
-        let bytes = n.div_ceil(TILE_ROWS) * k.div_ceil(BF16_PADDING) * TILE_ROWS * BF16_PADDING * 2;
-        let weights = arena.region("weights", bytes)?;
-        let staged = staging.borrow_mut().reserve(rows.len())?;
-        arena.copy(staged, &rows)?;
-        let launch = Launch {
-            grid: (bytes.div_ceil(16 * PACK_THREADS) as u32, 1),
-            threads: PACK_THREADS as u32,
-            shared_bytes: 0,
-        };
-        let arguments =
-            Arguments::default().with(staged).with(n as i32).with(k as i32).with(weights.pointer());
-        // SAFETY: the region is as large as the packed matrix, the staged rows are n · k; see pack.cu.
-        unsafe { arena.device().launch("pack_bf16", launch, arguments) }?;
-        Ok(Self { format: Format::Bf16, weights, n, k, bytes })
-    }
 }
 
 /// Appends a row of a checkpoint as bf16.
@@ -85,5 +70,19 @@ pub(crate) fn widen(bytes: &[u8], dtype: SourceType) -> Vec<f32> {
         SourceType::Bf16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
         SourceType::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
         SourceType::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_take_what_the_tiles_take() {
+        // Tiles of 16 rows, lines of 1 KiB.
+        assert_eq!(Format::Bf16.value_bytes(17, 65), 2 * 4 * 1024);
+        assert_eq!(Format::Int8.value_bytes(16, 129), 4 * 1024);
+        assert_eq!(Format::Fp8.value_bytes(1, 8), 2 * 1024);
+        assert_eq!(Format::Int4.value_bytes(33, 256), 3 * 2 * 1024);
     }
 }

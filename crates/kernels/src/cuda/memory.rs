@@ -10,6 +10,11 @@ use crate::{Error, Result};
 
 /// Regions begin on a multiple of this: a line of the cache, and what the matrix units like.
 const ALIGNMENT: usize = 256;
+/// What memory is for. All else is counted as [`WORK_SPACE`].
+pub(crate) const WEIGHTS: &str = "weights";
+pub(crate) const ACTIVATIONS: &str = "activations";
+pub(crate) const KV_CACHE: &str = "the KV cache";
+const WORK_SPACE: &str = "work space";
 /// Bytes that an upload moves at a time.
 const STAGE_BYTES: usize = 8 << 20;
 
@@ -19,6 +24,7 @@ pub(crate) struct Memory {
     device: Rc<Device>,
     pointer: u64,
     bytes: usize,
+    what: &'static str,
 }
 
 impl Memory {
@@ -33,7 +39,8 @@ impl Memory {
             }
             other => failed(format!("allocating {what}"), other),
         })?;
-        Ok(Self { device: device.clone(), pointer, bytes })
+        device.note_allocated(what, bytes);
+        Ok(Self { device: device.clone(), pointer, bytes, what })
     }
 
     /// Likewise, of zeros.
@@ -93,6 +100,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.device.note_freed(self.what, self.bytes);
         // Work that uses it may be under way; freeing waits for that. After a failure of the device nothing can be done.
         if self.device.bind().is_ok() {
             // SAFETY: allocated by `allocate`, and nobody else knows it any more.
@@ -134,8 +142,8 @@ impl Arena {
     }
 
     /// A region that holds `bytes`.
-    pub(crate) fn upload(&self, what: &'static str, bytes: &[u8]) -> Result<Region> {
-        let region = self.region(what, bytes.len())?;
+    pub(crate) fn upload(&self, bytes: &[u8]) -> Result<Region> {
+        let region = self.region(bytes.len())?;
         self.copy(region.pointer(), bytes)?;
         Ok(region)
     }
@@ -151,16 +159,16 @@ impl Arena {
     }
 
     /// A region of at least `bytes` bytes.
-    pub(crate) fn region(&self, what: &'static str, bytes: usize) -> Result<Region> {
+    pub(crate) fn region(&self, bytes: usize) -> Result<Region> {
         let bytes = bytes.next_multiple_of(ALIGNMENT);
         if bytes > self.chunk_bytes {
-            let memory = Rc::new(Memory::allocate(&self.device, what, bytes)?);
+            let memory = Rc::new(Memory::allocate(&self.device, WEIGHTS, bytes)?);
             return Ok(Region { memory, first: 0 });
         }
         let mut chunk = self.chunk.borrow_mut();
         let (memory, used) = match chunk.take() {
             Some((memory, used)) if used + bytes <= memory.bytes() => (memory, used),
-            _ => (Rc::new(Memory::allocate(&self.device, what, self.chunk_bytes)?), 0),
+            _ => (Rc::new(Memory::allocate(&self.device, WEIGHTS, self.chunk_bytes)?), 0),
         };
         *chunk = Some((memory.clone(), used + bytes));
         Ok(Region { memory, first: used })
@@ -228,9 +236,21 @@ impl Scratch {
             _ => {
                 self.memory = None;
                 self.moved = true;
-                let memory = Memory::allocate(&self.device, "work space", bytes)?;
+                let memory = Memory::allocate(&self.device, WORK_SPACE, bytes)?;
                 Ok(self.memory.insert(memory).pointer())
             }
+        }
+    }
+
+    /// Its size.
+    pub(crate) fn bytes(&self) -> usize {
+        self.memory.as_ref().map_or(0, Memory::bytes)
+    }
+
+    /// Gives its memory back.
+    pub(crate) fn release(&mut self) {
+        if self.memory.take().is_some() {
+            self.moved = true;
         }
     }
 

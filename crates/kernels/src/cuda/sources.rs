@@ -30,6 +30,7 @@ pub const SOURCES: &[Source] = &[
     source!("pack.cu"),
     source!("rope.cu"),
     source!("sample.cu"),
+    source!("unpack.cu"),
 ];
 
 /// What they include.

@@ -9,6 +9,8 @@ use crate::{Slice, Step};
 
 /// Batch sizes that decoding steps are padded to.
 const BUCKETS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
+/// Steps of more rows are never recorded.
+pub(crate) const LARGEST_BUCKET: usize = BUCKETS[BUCKETS.len() - 1];
 /// Words of a sampled row's parameters.
 pub(crate) const DRAW_WORDS: usize = 6;
 
@@ -116,7 +118,7 @@ impl Plan {
     /// `group`: query heads of a unit.
     pub(crate) fn new(step: &Step, group: usize) -> Self {
         let slices = &step.batch.slices;
-        let decodes = decodes(slices, step.sampled.len()) && step.rows <= BUCKETS[BUCKETS.len() - 1];
+        let decodes = decodes(slices, step.sampled.len()) && step.rows <= LARGEST_BUCKET;
         let padded_slices = if decodes { step.rows } else { slices.len() };
         let is_short = |slice: &Slice| slice.len * group <= SHORT_ROWS;
         let short: Vec<usize> = (0..slices.len()).filter(|&i| is_short(&slices[i])).collect();

@@ -17,7 +17,12 @@ pub(crate) fn present() -> bool {
 
 /// A GPU whose every allocation has a guard behind it.
 pub(crate) fn open(deterministic: bool) -> Cuda {
-    let options = CudaOptions { deterministic, separate_allocations: true, ..CudaOptions::default() };
+    open_with(CudaOptions { deterministic, ..CudaOptions::default() })
+}
+
+/// Likewise.
+pub(crate) fn open_with(options: CudaOptions) -> Cuda {
+    let options = CudaOptions { separate_allocations: true, ..options };
     // What the emulator's compiler makes must not come into the user's cache.
     let store = if env::var_os(REAL_VARIABLE).is_some() { Store::from_env() } else { Store::none() };
     Cuda::with_kernels(options, &store).unwrap()
