@@ -1,7 +1,7 @@
 //! The seam between the forward pass and the network.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kernels::{Partial, Tree};
@@ -55,7 +55,7 @@ pub enum Error {
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Frees every wait of a collective from another thread.
+/// The part of a collective that other threads may hold: frees every wait, and tells what this rank waits for.
 #[derive(Clone, Default)]
 pub struct AbortHandle(Arc<Abort>);
 
@@ -63,6 +63,9 @@ pub struct AbortHandle(Arc<Abort>);
 struct Abort {
     raised: AtomicBool,
     hooks: Mutex<Vec<Hook>>,
+    calls: AtomicU64,
+    /// One more than the rank that is waited for; 0: none.
+    waits_for: AtomicUsize,
 }
 
 /// Tells somebody who cannot look at the flag.
@@ -88,6 +91,26 @@ impl AbortHandle {
             hook();
         }
         hooks.push(Box::new(hook));
+    }
+
+    /// Exchanges with other ranks that began so far: it grows as long as this rank gets on.
+    pub fn calls(&self) -> u64 {
+        self.0.calls.load(Ordering::Relaxed)
+    }
+
+    /// The rank without which this one cannot go on, if it waits at the moment.
+    pub fn waits_for(&self) -> Option<usize> {
+        self.0.waits_for.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// An exchange begins.
+    pub(crate) fn begin_call(&self) {
+        self.0.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// From now on it waits for `rank`, or for none.
+    pub(crate) fn wait_for(&self, rank: Option<usize>) {
+        self.0.waits_for.store(rank.map_or(0, |rank| rank + 1), Ordering::Relaxed);
     }
 
     fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {

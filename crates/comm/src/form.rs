@@ -87,6 +87,7 @@ pub(crate) fn form(
     let forming = Forming { spec, abort, deadline: Instant::now() + limit, over: AtomicBool::new(false) };
     thread::scope(|scope| {
         let result = forming.run(scope, &listener.listener);
+        abort.wait_for(None);
         forming.over.store(true, Ordering::Relaxed);
         result
     })
@@ -140,6 +141,7 @@ impl Forming<'_> {
             else {
                 return Ok(streams);
             };
+            self.abort.wait_for(Some(missing));
             self.in_time(missing, trouble.as_deref())?;
             handshakes.retain(|handshake: &ScopedJoinHandle<'_, ()>| !handshake.is_finished());
             match listener.accept() {

@@ -39,11 +39,13 @@ impl Transport for LocalTransport {
     fn exchange(&mut self, outgoing: &[(usize, &[u8])], incoming: &mut [(usize, &mut [u8])]) -> Result<()> {
         let call = self.calls;
         self.calls += 1;
+        self.abort.begin_call();
         for (to, bytes) in outgoing {
             self.inboxes[*to][self.rank].put(Message { call, payload: bytes.to_vec() });
         }
         for (from, buffer) in incoming {
             let message = self.inboxes[self.rank][*from].take(*from, &self.abort)?;
+            self.abort.wait_for(None);
             if message.call != call || message.payload.len() != buffer.len() {
                 let what = format!(
                     "{} bytes in call {} where {} in call {call} were expected",
@@ -130,6 +132,7 @@ impl Inbox {
                 drop(queue);
                 std::thread::yield_now();
             } else {
+                abort.wait_for(Some(from));
                 // Poisoned or not, timed out or not: the next turn looks at the queue.
                 drop(self.changed.wait_timeout(queue, SLEEP));
             }

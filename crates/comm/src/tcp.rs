@@ -69,6 +69,7 @@ impl Transport for TcpTransport {
     fn exchange(&mut self, outgoing: &[(usize, &[u8])], incoming: &mut [(usize, &mut [u8])]) -> Result<()> {
         let call = self.calls;
         self.calls += 1;
+        self.abort.begin_call();
         let mut outgoing: Vec<_> =
             outgoing.iter().map(|(to, bytes)| Outgoing::new(*to, call, bytes)).collect();
         let mut incoming: Vec<_> =
@@ -86,13 +87,18 @@ impl Transport for TcpTransport {
                 moved |= message.advance(self.stream(message.rank)?)?;
             }
             if outgoing.iter().all(Outgoing::done) && incoming.iter().all(Incoming::done) {
+                self.abort.wait_for(None);
                 return Ok(());
             }
             if moved {
                 patience.renew();
+                self.abort.wait_for(None);
             } else if patience.is_awake() {
                 std::thread::yield_now();
             } else {
+                let sender = incoming.iter().find(|message| !message.done()).map(|message| message.rank);
+                let receiver = outgoing.iter().find(|message| !message.done()).map(|message| message.rank);
+                self.abort.wait_for(sender.or(receiver));
                 self.sleep(&outgoing, &incoming)?;
             }
         }

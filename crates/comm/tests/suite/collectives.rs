@@ -9,7 +9,7 @@ use comm::{Collective, Error, LocalTransport, MeshCollective, TcpTransport};
 use kernels::{Partial, Tree};
 use proptest::prelude::*;
 
-use crate::groups::{Kind, each_rank, one_unit_each};
+use crate::groups::{Kind, LONG, each_rank, one_unit_each};
 
 /// The reference: one thread that adds the units' values along the tree.
 fn fold(node: Range<usize>, units: &[Vec<f32>]) -> Vec<f32> {
@@ -260,6 +260,28 @@ macro_rules! suite {
             a_peer_may_leave_after_its_last_call, different_calls_are_noticed, false_arguments_are_errors
         ]);
     };
+}
+
+/// Rank 2 comes late; others can see that the rest wait for it, and that all get on afterwards.
+fn who_is_waited_for_shows<K: Kind>() {
+    let ends = K::group(3);
+    let handles: Vec<_> = ends.iter().map(K::abort_handle).collect();
+    each_rank(ends, |rank, end| {
+        let (site, mut collective) = one_unit_each::<K>(end, 3).unwrap();
+        let deadline = Instant::now() + LONG;
+        while rank == 2 && handles[..2].iter().any(|handle| handle.waits_for() != Some(2)) {
+            assert!(Instant::now() < deadline, "nobody waits for rank 2");
+            thread::yield_now();
+        }
+        reduce_one::<K>(&site, &mut collective).unwrap();
+        assert_eq!((handles[rank].waits_for(), handles[rank].calls()), (None, 1));
+    });
+}
+
+#[test]
+fn who_is_waited_for_shows_over_any_transport() {
+    who_is_waited_for_shows::<MeshCollective<LocalTransport>>();
+    who_is_waited_for_shows::<MeshCollective<TcpTransport>>();
 }
 
 suite!(local, MeshCollective<LocalTransport>, 64);
