@@ -9,7 +9,8 @@ const PROTO: &str = "../../proto";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={PROTO}");
-    let descriptors = protox::compile(["phalanx/v1/cluster.proto", "phalanx/v1/generation.proto"], [PROTO])?;
+    let files = ["cluster", "generation", "monitor"].map(|name| format!("phalanx/v1/{name}.proto"));
+    let descriptors = protox::compile(files, [PROTO])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("phalanx.v1.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;

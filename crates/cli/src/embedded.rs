@@ -1,32 +1,32 @@
 //! A whole cluster on this machine: coordinator and gateway in this process, each worker a process of its own.
-//!
-//! A worker's standard input is a pipe from here. However this process ends, the pipe closes and the worker leaves,
-//! so none is left over.
+
+mod worker;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail};
 use auth::Secret;
 use clap::Args;
+use cluster::Policy;
 use coordinator::{CoordinatorConfig, ModelInfo};
 use engine::rank_ranges;
 use futures_util::future::select_all;
+use kernels::{Backend, Cpu};
 use model::ModelSource;
-use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::timeout;
 
+use self::worker::{CommandLine, Worker};
 use crate::args::{DeviceArg, ModelArgs};
-use crate::secret::SECRET_VARIABLE;
+use crate::policy::fixed;
 use crate::service::{self, Service};
 
 /// Enough to show that workers step together.
 const DEFAULT_WORKERS: usize = 2;
 /// How long answers that still run may take once this process is to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-/// How long a worker may take to leave before it is killed.
-const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+/// All workers come, or this process ends: the first group waits for them.
+const GATHER: Duration = Duration::from_secs(3600);
 
 /// The cluster's shape.
 #[derive(Debug, Clone, Args)]
@@ -36,6 +36,12 @@ pub(crate) struct EmbeddedArgs {
     /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many; with --device cuda, one for each GPU]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
+    /// Tensor ranks, where some of the workers are to be spares [default: all workers]
+    #[arg(long, value_name = "N")]
+    ranks: Option<usize>,
+    /// How few ranks will do while a lost worker is started again, as long as weights and one context fit
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    min_ranks: usize,
 }
 
 /// A running cluster.
@@ -44,44 +50,57 @@ pub(crate) struct Embedded {
     workers: Vec<Worker>,
 }
 
-/// A worker process.
-struct Worker {
-    process: Child,
-    /// What it lives by. Kept apart, since waiting for a process closes the input that it still has.
-    input: ChildStdin,
-}
-
 impl Embedded {
-    /// Checks all that can be checked, opens the ports and starts the workers.
-    pub(crate) async fn start(args: &EmbeddedArgs, grpc: SocketAddr) -> Result<Self> {
+    /// Checks all that can be checked, opens the ports and starts the workers. `adapt` may change the coordinator's limits.
+    pub(crate) async fn start(
+        args: &EmbeddedArgs,
+        grpc: SocketAddr,
+        adapt: impl FnOnce(CoordinatorConfig) -> Result<CoordinatorConfig>,
+    ) -> Result<Self> {
         args.model.check()?;
         let dir = args.model.dir()?;
         // A worker would say the same, but later and from another process.
         let shape = ModelSource::open(&dir, args.model.options(false))?.config().shape;
-        let width = match (args.workers, args.model.device) {
+        let workers = match (args.workers.or(args.ranks), args.model.device) {
             (Some(workers), _) => workers,
             (None, DeviceArg::Cpu) => DEFAULT_WORKERS.min(shape.kv_heads),
             (None, DeviceArg::Cuda(Some(_))) => 1,
             (None, DeviceArg::Cuda(None)) => kernels::gpus()?.min(shape.kv_heads),
         };
-        rank_ranges(shape.kv_heads, width).context("--workers")?;
+        let ranks = args.ranks.unwrap_or(workers);
+        let flag = if args.ranks.is_some() { "--ranks" } else { "--workers" };
+        rank_ranges(shape.kv_heads, ranks).context(flag)?;
+        if workers < ranks {
+            bail!("--workers {workers}: fewer than the {ranks} ranks that --ranks asks for");
+        }
         let tokenizer = service::tokenizer(&dir)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check(shape.vocab as u32).with_context(|| dir.display().to_string())?;
         }
 
         let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
-        let config = CoordinatorConfig {
+        let config = CoordinatorConfig::new(ranks, Secret::new(&secret)?);
+        let shape = fixed(ranks, args.min_ranks.min(ranks))?;
+        let config = adapt(CoordinatorConfig {
             max_batch_tokens: args.model.max_batch_tokens(),
-            ..CoordinatorConfig::new(width, Secret::new(&secret)?)
-        };
+            policy: Policy { shape, ..config.policy },
+            gather: GATHER,
+            ..config
+        })?;
         let grpc = service::listen("--grpc", grpc).await?;
         let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
         let service = Service::start(config, grpc, cluster, tokenizer)?;
-        let workers = (0..width)
+        let memory = memory_of_each(args.model.device, workers)?;
+        let workers = (0..workers)
             .map(|index| {
-                let model = args.model.command_line(index, width)?;
-                spawn_worker(&model, service.cluster, &secret, index == 0)
+                let model = args.model.command_line(index, workers)?;
+                Worker::start(CommandLine {
+                    index,
+                    model,
+                    memory,
+                    coordinator: service.cluster,
+                    secret: secret.clone(),
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Self { service, workers })
@@ -92,61 +111,40 @@ impl Embedded {
         self.service.grpc
     }
 
-    /// Waits until the cluster serves, or cannot.
+    /// Waits until the cluster serves, or cannot. A worker that ends so early would not do better if it were started again.
     pub(crate) async fn ready(&mut self) -> Result<ModelInfo> {
+        let ends = self.workers.iter_mut().map(|worker| Box::pin(worker.end()));
         tokio::select! {
             ready = self.service.ready() => ready,
-            error = lost_worker(&mut self.workers) => Err(error),
+            (end, ..) = select_all(ends) => bail!("{}; what it had to say is above", end?),
         }
     }
 
-    /// Does `work` as long as all workers are there.
+    /// Does `work`; a worker that ends meanwhile is started again when the group has closed its ranks without it.
     pub(crate) async fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let Self { service, workers } = self;
+        let watches = workers.iter_mut().map(|worker| Box::pin(worker.keep_running(service.state())));
         tokio::select! {
             result = work => result,
-            error = lost_worker(&mut self.workers) => Err(error),
+            (error, ..) = select_all(watches) => Err(error),
         }
     }
 
     /// Lets running answers end, then ends the workers; none is left when this returns.
     pub(crate) async fn stop(self) -> Result<()> {
         let stopped = timeout(DRAIN_LIMIT, self.service.stop()).await;
-        for Worker { mut process, input } in self.workers {
-            drop(input);
-            if timeout(LEAVE_LIMIT, process.wait()).await.is_err() {
-                process.kill().await.context("cannot end a worker")?;
-            }
+        for worker in self.workers {
+            worker.stop().await?;
         }
         // Answers that took longer were cut off with the workers.
         stopped.unwrap_or(Ok(()))
     }
 }
 
-fn spawn_worker(model: &[String], coordinator: SocketAddr, secret: &str, progress: bool) -> Result<Worker> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut command = Command::new(&program);
-    command.args(["worker", "--leave-with-stdin", "--coordinator", &coordinator.to_string()]);
-    command.args(["--listen", "127.0.0.1:0", "--host", "127.0.0.1"]);
-    if progress {
-        command.arg("--progress");
-    }
-    command.args(model).env(SECRET_VARIABLE, secret);
-    // A group of its own: Ctrl-C in a terminal is for this process, which then ends its workers.
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0).kill_on_drop(true);
-    let mut process =
-        command.spawn().with_context(|| format!("cannot start a worker with {}", program.display()))?;
-    let input = process.stdin.take().context("a worker has no standard input")?;
-    Ok(Worker { process, input })
-}
-
-/// Ends when a worker does, which none should.
-async fn lost_worker(workers: &mut [Worker]) -> anyhow::Error {
-    let ends = workers
-        .iter_mut()
-        .enumerate()
-        .map(|(index, worker)| Box::pin(async move { (index, worker.process.wait().await) }));
-    match select_all(ends).await.0 {
-        (index, Ok(status)) => anyhow!("worker {index} ended ({status}); what it had to say is above"),
-        (index, Err(error)) => anyhow!("cannot watch worker {index}: {error}"),
+/// Workers share this machine's memory, but each has a GPU of its own.
+fn memory_of_each(device: DeviceArg, workers: usize) -> Result<Option<u64>> {
+    match device {
+        DeviceArg::Cpu => Ok(Some(Cpu::new(1)?.memory_budget()? / workers.max(1) as u64)),
+        DeviceArg::Cuda(_) => Ok(None),
     }
 }

@@ -7,11 +7,13 @@ mod checkpoint;
 mod cuda_kernels;
 mod embedded;
 mod generate;
+mod policy;
 mod sampling;
 mod secret;
 mod serve;
 mod service;
 mod signals;
+mod status;
 mod target;
 
 use std::process::ExitCode;
@@ -43,6 +45,8 @@ enum Command {
     Coordinator(serve::CoordinatorArgs),
     /// Run one worker of a cluster
     Worker(serve::WorkerArgs),
+    /// Show how a running cluster stands: groups, ranks, rates, spares, and what happened last
+    Status(status::StatusArgs),
     /// Look at checkpoints, rename their tensors, make random ones
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
@@ -62,6 +66,7 @@ impl Command {
             Self::Serve(args) => on_runtime(args.run()),
             Self::Coordinator(args) => on_runtime(args.run()),
             Self::Worker(args) => on_runtime(args.run()),
+            Self::Status(args) => on_runtime(args.run()),
             Self::Checkpoint(command) => command.run(),
             Self::Kernels(command) => command.run(),
             Self::Bench(command) => command.run(),

@@ -9,8 +9,9 @@ use clap::Args;
 use coordinator::{CoordinatorConfig, State};
 use worker::WorkerConfig;
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, parse_size};
 use crate::embedded::{Embedded, EmbeddedArgs};
+use crate::policy::{LivenessArgs, PolicyArgs};
 use crate::secret::SecretArgs;
 use crate::service::{self, Service};
 use crate::signals::Signals;
@@ -19,6 +20,8 @@ use crate::signals::Signals;
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     cluster: EmbeddedArgs,
+    #[command(flatten)]
+    liveness: LivenessArgs,
     /// Address of the public gRPC service
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     grpc: SocketAddr,
@@ -31,9 +34,10 @@ pub(crate) struct CoordinatorArgs {
     /// Folder of the checkpoint, for its tokenizer; weights are not read [default: the bundled yi-nano]
     #[arg(long, env = "PHALANX_MODEL", value_name = "DIR")]
     model: Option<std::path::PathBuf>,
-    /// Workers of the group; it forms as soon as so many have joined
-    #[arg(long, value_name = "N")]
-    workers: usize,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    liveness: LivenessArgs,
     /// Address of the public gRPC service
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     grpc: SocketAddr,
@@ -66,6 +70,12 @@ pub(crate) struct WorkerArgs {
     /// This machine's name or address, as the other workers reach it
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
     host: String,
+    /// Label of the fast domain that this worker is in (GPUs that NVLink connects, a network without slow links): ranks of a group are of one zone
+    #[arg(long, value_name = "LABEL", default_value = "")]
+    zone: String,
+    /// Memory that this worker's weights, activations and KV cache may take together, where several share a machine [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
     /// Seconds that the coordinator may be out of reach
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     join_timeout: u64,
@@ -80,7 +90,8 @@ pub(crate) struct WorkerArgs {
 impl ServeArgs {
     pub(crate) async fn run(self) -> Result<()> {
         let mut signals = Signals::listen()?;
-        let mut cluster = Embedded::start(&self.cluster, self.grpc).await?;
+        let mut cluster =
+            Embedded::start(&self.cluster, self.grpc, |config| self.liveness.apply(config)).await?;
         let served = serve_until(&mut cluster, &mut signals).await;
         cluster.stop().await?;
         served
@@ -111,9 +122,10 @@ impl CoordinatorArgs {
         let config = CoordinatorConfig {
             max_batch_tokens: self.max_batch_tokens,
             max_sequences: self.max_sequences,
-            max_context: self.max_context,
-            ..CoordinatorConfig::new(self.workers, self.secret.secret()?)
+            policy: self.policy.policy(self.max_context)?,
+            ..CoordinatorConfig::new(1, self.secret.secret()?)
         };
+        let config = self.liveness.apply(config)?;
         let grpc = service::listen("--grpc", self.grpc).await?;
         let listen = service::listen("--listen", self.listen).await?;
         let service = Service::start(config, grpc, listen, tokenizer)?;
@@ -143,6 +155,8 @@ impl WorkerArgs {
             listen: self.listen,
             advertised_host: self.host,
             device: self.model.device(),
+            zone: self.zone,
+            memory: self.memory,
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),

@@ -80,7 +80,7 @@ impl Service {
                     return Ok(model.clone());
                 }
                 State::Failed(reason) => bail!("{reason}"),
-                State::Waiting { .. } | State::Loading => {}
+                State::Waiting(_) | State::Gathering { .. } | State::Loading => {}
             }
             state.changed().await.context("the coordinator has stopped")?;
         }

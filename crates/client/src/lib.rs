@@ -1,4 +1,4 @@
-//! Client library: generate, tokenize, detokenize, and what is being served.
+//! Client library: generate, tokenize, detokenize, what is being served, and by whom.
 //!
 //! A thin layer over the public gRPC service: addresses as people write them, typed events, and one [`Error`] whose
 //! messages are for people.
@@ -9,15 +9,19 @@ mod generation;
 use std::time::Duration;
 
 use cluster::proto::generation_client::GenerationClient;
-use cluster::proto::{DetokenizeRequest, GetModelRequest, TokenizeRequest};
+use cluster::proto::monitor_client::MonitorClient;
+use cluster::proto::{
+    DetokenizeRequest, GetModelRequest, GetStatusRequest, TokenizeRequest, WatchStatusRequest,
+};
 use cluster::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, PUBLIC_MESSAGE_LIMIT};
+use futures_util::{Stream, StreamExt};
 use tonic::transport::{Channel, Endpoint};
 
 pub use cluster::proto::generate_request::Prompt;
 pub use cluster::proto::generate_response::Event;
 pub use cluster::proto::{
-    ChatMessage, Conversation, FinishReason, Finished, GenerateRequest, Model, SamplingOptions, Started,
-    Token, TokenIds, Usage,
+    ChatMessage, ClusterStatus, Conversation, FinishReason, Finished, GenerateRequest, GroupStatus, Incident,
+    Loss, Model, RankStatus, SamplingOptions, Started, Token, TokenIds, Usage, WorkerStatus,
 };
 pub use error::Error;
 pub use generation::Generation;
@@ -28,6 +32,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Client {
     service: GenerationClient<Channel>,
+    monitor: MonitorClient<Channel>,
     address: String,
 }
 
@@ -47,10 +52,11 @@ impl Client {
             .connect()
             .await
             .map_err(|source| Error::Unreachable { address: authority.to_owned(), source })?;
+        let monitor = MonitorClient::new(channel.clone());
         let service = GenerationClient::new(channel)
             .max_decoding_message_size(PUBLIC_MESSAGE_LIMIT)
             .max_encoding_message_size(PUBLIC_MESSAGE_LIMIT);
-        Ok(Self { service, address: authority.to_owned() })
+        Ok(Self { service, monitor, address: authority.to_owned() })
     }
 
     /// Generates a continuation. Dropping the stream cancels it.
@@ -77,6 +83,24 @@ impl Client {
     pub async fn model(&self) -> Result<Model, Error> {
         let response = self.service.clone().get_model(GetModelRequest {}).await;
         Ok(response.map_err(|status| self.error(status))?.into_inner())
+    }
+
+    /// How the cluster stands.
+    pub async fn status(&self) -> Result<ClusterStatus, Error> {
+        let response = self.monitor.clone().get_status(GetStatusRequest {}).await;
+        Ok(response.map_err(|status| self.error(status))?.into_inner())
+    }
+
+    /// How the cluster stands, again after every `interval`.
+    pub async fn watch_status(
+        &self,
+        interval: Duration,
+    ) -> Result<impl Stream<Item = Result<ClusterStatus, Error>> + use<>, Error> {
+        let interval_millis = Some(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX));
+        let response = self.monitor.clone().watch_status(WatchStatusRequest { interval_millis }).await;
+        let client = self.clone();
+        let statuses = response.map_err(|status| self.error(status))?.into_inner();
+        Ok(statuses.map(move |status| status.map_err(|status| client.error(status))))
     }
 
     fn error(&self, status: tonic::Status) -> Error {

@@ -3,21 +3,32 @@
 //! Everything that comes from the network is parsed here into the types that the rest works with; what does not
 //! parse becomes a [`Malformed`] that names the field.
 
+pub mod assignment;
 pub mod convert;
 pub mod formation;
+pub mod needs;
+pub mod policy;
+pub mod progress;
 pub mod proof;
 pub mod proto;
+mod ranges;
 pub mod report;
+pub mod worker;
 
 use std::time::Duration;
 
+pub use assignment::{Assignment, Member};
 pub use convert::{Malformed, decode_plan, encode_plan};
-pub use formation::{Assignment, Candidate, Formation, FormationError, Member, WorkerId, form};
+pub use formation::{Formation, GroupFormation, Rank, Stage, form};
+pub use needs::MemoryNeeds;
+pub use policy::{Policy, Shape, Shortage};
+pub use progress::{Activity, Progress};
 pub use proof::Session;
 pub use report::{Difference, ModelReport};
+pub use worker::{Candidate, Resources, WorkerId};
 
 /// Version of the internal service; a worker and a coordinator must have the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Bytes of a message from a worker: reports and outputs.
 pub const WORKER_MESSAGE_LIMIT: usize = 1 << 20;
@@ -26,8 +37,6 @@ pub const COORDINATOR_MESSAGE_LIMIT: usize = 64 << 20;
 /// Bytes of a message of the public service, either way: a prompt that fills a context of 200K tokens.
 pub const PUBLIC_MESSAGE_LIMIT: usize = 16 << 20;
 
-/// A worker says that it lives, this often.
-pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// HTTP/2 pings, this often where nothing else is heard.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// A ping unanswered for this long is a dead peer.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::convert::{self, Malformed};
-use crate::proto;
+use crate::{MemoryNeeds, proto};
 
 /// Shard units of any model that is served.
 const MAX_UNITS: u32 = 1024;
@@ -26,6 +26,8 @@ pub struct ModelReport {
     pub eos: Vec<u32>,
     /// Model, data types, instruction path: what the bits depend on.
     pub fingerprint: String,
+    /// What its parts take of a device's memory.
+    pub needs: MemoryNeeds,
 }
 
 /// The first field in which a worker's report is not the group's.
@@ -78,6 +80,7 @@ impl From<ModelReport> for proto::ModelReport {
             block_size: report.block_size,
             eos_token_ids: report.eos,
             fingerprint: report.fingerprint,
+            needs: Some(report.needs.into()),
         }
     }
 }
@@ -94,6 +97,7 @@ impl TryFrom<proto::ModelReport> for ModelReport {
             block_size,
             eos_token_ids,
             fingerprint,
+            needs,
         } = report;
         convert::check("model.vocabulary", vocabulary > 0, "is 0")?;
         convert::check("model.max_context", max_context > 0, "is 0")?;
@@ -108,6 +112,7 @@ impl TryFrom<proto::ModelReport> for ModelReport {
             block_size,
             eos: eos_token_ids,
             fingerprint: convert::text("model.fingerprint", fingerprint)?,
+            needs: convert::present("model.needs", needs)?.try_into()?,
         })
     }
 }

@@ -1,5 +1,6 @@
 //! The seam between gateway and coordinator.
 
+use cluster::proto::ClusterStatus;
 use engine::{FinishReason, Request, Usage};
 use tokio::sync::mpsc;
 
@@ -62,8 +63,12 @@ pub struct Submission {
 /// Whatever generates tokens for the gateway: the coordinator of this process, or a remote one.
 #[tonic::async_trait]
 pub trait Engine: Send + Sync + 'static {
-    /// The model, once a group has formed; until then why not.
+    /// The model, once a group has served; until then why not.
     fn model(&self) -> Result<ModelInfo, EngineError>;
+    /// Whether steps run at this moment; if not, why. Requests are taken meanwhile, and wait.
+    fn health(&self) -> Result<(), EngineError>;
+    /// What goes on, in detail.
+    async fn status(&self) -> Result<ClusterStatus, EngineError>;
     /// Starts a request.
     async fn submit(&self, request: Request) -> Result<Submission, EngineError>;
 }

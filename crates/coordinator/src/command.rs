@@ -1,13 +1,16 @@
 //! What the leader is asked or told, by handles and by workers' streams.
 
+use std::time::Duration;
+
 use bytes::Bytes;
-use cluster::proto::{CoordinatorMessage, StepFrame};
-use cluster::{ModelReport, Session, WorkerId};
+use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame};
+use cluster::{Progress, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::api::{EngineError, Submission};
+use crate::group::Newcomer;
 
 /// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
 pub(crate) const PLANS_BUFFERED: usize = 4;
@@ -22,18 +25,21 @@ pub(crate) type PlanSender = mpsc::Sender<Result<StepFrame, Status>>;
 pub(crate) enum Command {
     /// From a handle: start a request.
     Submit { request: Request, reply: oneshot::Sender<Result<Submission, EngineError>> },
+    /// From a handle: how things stand.
+    Status { reply: oneshot::Sender<ClusterStatus> },
     /// A worker has proven that it knows the secret.
     Join {
-        address: String,
-        report: ModelReport,
+        newcomer: Box<Newcomer>,
         session: Session,
         down: JoinSender,
         reply: oneshot::Sender<Result<WorkerId, Status>>,
     },
-    /// It has loaded its share.
-    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32 },
-    /// It could not load, or not run a step.
-    Failed { worker: WorkerId, epoch: Epoch, reason: String },
+    /// It lives, and is so far.
+    Heartbeat { worker: WorkerId, progress: Progress },
+    /// It has loaded its share, which took so long.
+    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32, loading: Duration },
+    /// It could not load, or not run a step, maybe because of another rank.
+    Failed { worker: WorkerId, epoch: Epoch, reason: String, at_rank: Option<usize> },
     /// Its Join stream has ended.
     Left { worker: WorkerId, reason: String },
     /// It opens a Steps stream.

@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use auth::Secret;
+use cluster::{Policy, Shape};
 
 /// How a coordinator runs its group.
 #[derive(Debug, Clone)]
 pub struct CoordinatorConfig {
-    /// Tensor ranks of the group.
-    pub width: usize,
+    /// How the group is cut; it is one, whatever number of replicas the policy says.
+    pub policy: Policy,
+    /// How long the first group waits for the width that is wanted after the last worker joined, if it could be formed narrower.
+    pub gather: Duration,
     /// What its workers know.
     pub secret: Secret,
     /// Tokens that run in one step.
@@ -19,21 +22,29 @@ pub struct CoordinatorConfig {
     pub max_waiting: usize,
     /// Tokens that prompt and answer may have together, below what the model allows.
     pub max_context: Option<u32>,
+    /// Workers send heartbeats this often.
+    pub heartbeat_interval: Duration,
     /// A worker that is not heard of for this long is lost.
     pub heartbeat_timeout: Duration,
+    /// A rank that makes no progress in a step for this long is lost, unless the step may take longer by its size.
+    pub progress_timeout: Duration,
 }
 
 impl CoordinatorConfig {
-    /// A group of `width` ranks with the usual limits.
-    pub fn new(width: usize, secret: Secret) -> Self {
+    /// A group of `ranks` ranks, and no other number of them, with the usual limits.
+    pub fn new(ranks: usize, secret: Secret) -> Self {
+        let shape = Shape::Fixed { stages: 1, ranks, min_ranks: ranks };
         Self {
-            width,
+            policy: Policy { shape, replicas: 1, context: None },
+            gather: Duration::from_secs(2),
             secret,
             max_batch_tokens: 512,
             max_sequences: 64,
             max_waiting: 1024,
             max_context: None,
-            heartbeat_timeout: Duration::from_secs(6),
+            heartbeat_interval: Duration::from_millis(250),
+            heartbeat_timeout: Duration::from_millis(1500),
+            progress_timeout: Duration::from_secs(10),
         }
     }
 }

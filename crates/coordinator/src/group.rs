@@ -1,22 +1,31 @@
 //! The life of a group: who has joined, which epoch is loading or serving, and what to tell whom. Pure.
+//!
+//! Who holds what is `cluster::form`'s to say. Here a loss ends the epoch and begins the next at once, as `form` closes the ranks;
+//! a wider formation, which somebody who joined makes possible, is the same but waits until it is asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use cluster::{Assignment, Candidate, Formation, ModelReport, WorkerId, form};
-use engine::{Epoch, rank_ranges};
+use cluster::{
+    Assignment, Candidate, Formation, GroupFormation, ModelReport, Policy, Rank, Resources, Shape, Shortage,
+    WorkerId, form,
+};
+use engine::{Epoch, ShardError};
 
 use crate::api::ModelInfo;
+
+#[cfg(test)]
+mod tests;
 
 /// Where the group stands, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
-    /// Too few workers.
-    Waiting {
+    /// No group can be formed.
+    Waiting(Shortage),
+    /// A group could be formed, but it is early, and more workers would make it wider.
+    Gathering {
         /// Workers there are.
         joined: usize,
-        /// Workers it takes.
-        wanted: usize,
     },
     /// The workers load their shares and connect.
     Loading,
@@ -29,14 +38,24 @@ pub enum State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            State::Waiting { joined, wanted } => {
-                write!(f, "waiting for workers: {joined} of {wanted} joined")
-            }
+            State::Waiting(shortage) => shortage.fmt(f),
+            State::Gathering { joined } => write!(f, "waiting for more workers: {joined} joined"),
             State::Loading => f.write_str("the workers are loading the model"),
             State::Serving(model) => write!(f, "serving {} on {} ranks", model.name, model.ranks),
             State::Failed(reason) => f.write_str(reason),
         }
     }
+}
+
+/// A worker that wants to take part.
+#[derive(Debug)]
+pub(crate) struct Newcomer {
+    /// Where its collectives listen.
+    pub(crate) address: String,
+    /// The machine that it runs on.
+    pub(crate) host: String,
+    pub(crate) report: ModelReport,
+    pub(crate) resources: Resources,
 }
 
 /// What is to be done after something happened.
@@ -48,8 +67,23 @@ pub(crate) enum Effect {
     Abandon(WorkerId, Epoch),
     /// End a worker's stream with this reason; it may join again.
     Dismiss(WorkerId, String),
+    /// The epoch that loaded or served is over, for the sake of this worker.
+    Lost(Loss),
     /// All ranks are there: run steps.
     Serve(Standing),
+}
+
+/// Why an epoch is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Loss {
+    /// The epoch.
+    pub(crate) epoch: Epoch,
+    /// Ranks of its group.
+    pub(crate) ranks: usize,
+    /// Who was lost, and which rank that was; none: nobody, this is a planned change.
+    pub(crate) member: Option<(usize, Candidate)>,
+    /// In words.
+    pub(crate) cause: String,
 }
 
 /// A group that can run steps.
@@ -57,6 +91,8 @@ pub(crate) enum Effect {
 pub(crate) struct Standing {
     pub(crate) epoch: Epoch,
     pub(crate) report: ModelReport,
+    /// Its ranks.
+    pub(crate) ranks: usize,
     /// KV blocks that every rank has.
     pub(crate) kv_blocks: u32,
 }
@@ -64,59 +100,61 @@ pub(crate) struct Standing {
 /// The workers of one coordinator and the group that they form.
 #[derive(Debug)]
 pub(crate) struct Group {
-    width: usize,
+    policy: Policy,
     epoch: Epoch,
     next_worker: u64,
     workers: BTreeMap<WorkerId, Candidate>,
     /// What was served first: requests in flight go on with the same model or not at all.
     served: Option<ModelReport>,
+    /// The last group there was, which `form` holds on to.
+    formation: Formation,
     phase: Phase,
     /// Why the last formation did not come to serve.
     failure: Option<String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 enum Phase {
     Waiting,
-    Loading(Muster),
-    Serving(Muster),
-}
-
-/// A formation whose ranks report one after the other.
-#[derive(Debug)]
-struct Muster {
-    formation: Formation,
-    kv_blocks: BTreeMap<WorkerId, u32>,
-    attached: BTreeSet<WorkerId>,
+    /// Ranks report one after the other.
+    Loading {
+        kv_blocks: BTreeMap<WorkerId, u32>,
+        attached: BTreeSet<WorkerId>,
+    },
+    Serving,
 }
 
 impl Group {
-    /// A group of `width` ranks. A later coordinator has a higher `term`.
-    pub(crate) fn new(width: usize, term: u64) -> Self {
+    /// A group of this shape; of the policy's replicas it is one. A later coordinator has a higher `term`.
+    pub(crate) fn new(policy: Policy, term: u64) -> Self {
         Self {
-            width,
+            policy: Policy { replicas: 1, ..policy },
             epoch: Epoch { term, counter: 0 },
             next_worker: 1,
             workers: BTreeMap::new(),
             served: None,
+            formation: Formation::default(),
             phase: Phase::Waiting,
             failure: None,
         }
     }
 
     /// A worker wants to take part: its number, or why it cannot.
-    pub(crate) fn join(&mut self, address: String, report: ModelReport) -> Result<WorkerId, String> {
+    pub(crate) fn join(&mut self, newcomer: Newcomer) -> Result<WorkerId, String> {
+        let Newcomer { address, host, report, resources } = newcomer;
         let units = report.units as usize;
-        if let Err(error) = rank_ranges(units, self.width) {
-            self.failure = Some(error.to_string());
-            return Err(error.to_string());
+        let (_, width) = self.policy.shape.widths(units);
+        if width == 0 || width > units {
+            let reason = ShardError::Width { width, units }.to_string();
+            self.failure = Some(reason.clone());
+            return Err(reason);
         }
         if let Some(group) = self.served.as_ref().or(self.workers.values().next().map(|w| &w.report)) {
             report.agree(group).map_err(|difference| format!("worker at {address} {difference}"))?;
         }
         let id = WorkerId(self.next_worker);
         self.next_worker += 1;
-        self.workers.insert(id, Candidate { id, address, report });
+        self.workers.insert(id, Candidate { id, address, host, report, resources });
         Ok(id)
     }
 
@@ -125,35 +163,53 @@ impl Group {
         self.workers.values().find(|worker| worker.address == address).map(|worker| worker.id)
     }
 
-    /// Forms a group if none stands and there are enough workers.
-    pub(crate) fn muster(&mut self) -> Vec<Effect> {
-        let Phase::Waiting = self.phase else { return Vec::new() };
-        // What is missing, `state` tells; `join` lets nobody in that could not be used.
-        let Ok(formation) = form(self.workers.values(), self.width) else { return Vec::new() };
-        self.epoch.counter += 1;
-        let assign = |(rank, worker): (usize, &WorkerId)| {
-            let assignment = Assignment {
-                epoch: self.epoch,
-                group: formation.report.name.clone(),
-                rank,
-                members: formation.members.clone(),
-            };
-            Effect::Assign(*worker, assignment)
-        };
-        let effects = formation.workers.iter().enumerate().map(assign).collect();
-        self.phase =
-            Phase::Loading(Muster { formation, kv_blocks: BTreeMap::new(), attached: BTreeSet::new() });
+    /// Forms a group if none stands and there are enough workers. The first one waits for the width that is wanted, unless
+    /// nobody else is expected.
+    pub(crate) fn muster(&mut self, all_there: bool) -> Vec<Effect> {
+        if self.phase != Phase::Waiting {
+            return Vec::new();
+        }
+        // What is missing, `state` tells.
+        let formation = self.form();
+        match formation.groups.first() {
+            Some(group) if all_there || self.served.is_some() || self.is_full(group) => {
+                self.assign(formation)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The ranks that the group would have if it were formed anew now, where they are more than it has.
+    pub(crate) fn could_have(&self) -> Option<usize> {
+        let group = self.formation().filter(|group| self.phase == Phase::Serving && !self.is_full(group))?;
+        if group.workers().count() == self.workers.len() {
+            return None;
+        }
+        let ranks = self.form().groups.first()?.workers().count();
+        (ranks > self.members().count()).then_some(ranks)
+    }
+
+    /// Forms the group anew with all who are there, whether one serves or not.
+    pub(crate) fn reform(&mut self, cause: String) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if self.phase != Phase::Waiting {
+            effects.push(Effect::Lost(self.loss(None, cause)));
+            effects.extend(self.members().map(|worker| Effect::Abandon(worker, self.epoch)));
+            self.phase = Phase::Waiting;
+        }
+        effects.extend(self.muster(true));
         effects
     }
 
     /// A worker has loaded its share.
-    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, kv_blocks: u32) -> Vec<Effect> {
-        if kv_blocks == 0 {
-            return self.fail(worker, epoch, "has no room for KV blocks");
+    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, blocks: u32) -> Vec<Effect> {
+        if blocks == 0 {
+            return self.fail(worker, epoch, "has no room for KV blocks", None);
         }
+        let ours = epoch == self.epoch && self.is_member(worker);
         match &mut self.phase {
-            Phase::Loading(muster) if epoch == self.epoch && muster.formation.workers.contains(&worker) => {
-                muster.kv_blocks.insert(worker, kv_blocks);
+            Phase::Loading { kv_blocks, .. } if ours => {
+                kv_blocks.insert(worker, blocks);
                 self.serve()
             }
             _ => Vec::new(),
@@ -162,201 +218,153 @@ impl Group {
 
     /// A worker opens its Steps stream; false if that is not its turn.
     pub(crate) fn attach(&mut self, worker: WorkerId, epoch: Epoch) -> bool {
+        let ours = epoch == self.epoch && self.is_member(worker);
         match &mut self.phase {
-            Phase::Loading(muster) => {
-                epoch == self.epoch
-                    && muster.formation.workers.contains(&worker)
-                    && muster.attached.insert(worker)
-            }
+            Phase::Loading { attached, .. } => ours && attached.insert(worker),
             _ => false,
         }
     }
 
     /// Once all ranks are ready and attached, steps can run.
     pub(crate) fn serve(&mut self) -> Vec<Effect> {
-        let muster = match std::mem::replace(&mut self.phase, Phase::Waiting) {
-            Phase::Loading(m) if m.kv_blocks.len() == self.width && m.attached.len() == self.width => m,
-            phase => {
-                self.phase = phase;
-                return Vec::new();
+        let Some(group) = self.formation.groups.first() else { return Vec::new() };
+        let ranks = group.workers().count();
+        let kv_blocks = match &self.phase {
+            Phase::Loading { kv_blocks, attached } if kv_blocks.len() == ranks && attached.len() == ranks => {
+                kv_blocks.values().copied().min().unwrap_or(0)
             }
+            _ => return Vec::new(),
         };
-        let report = muster.formation.report.clone();
-        let kv_blocks = muster.kv_blocks.values().copied().min().unwrap_or(0);
+        let report = group.report.clone();
         self.failure = None;
         self.served = Some(report.clone());
-        self.phase = Phase::Serving(muster);
-        vec![Effect::Serve(Standing { epoch: self.epoch, report, kv_blocks })]
+        self.phase = Phase::Serving;
+        vec![Effect::Serve(Standing { epoch: self.epoch, report, ranks, kv_blocks })]
     }
 
     /// A worker is gone.
-    pub(crate) fn leave(&mut self, worker: WorkerId) -> Vec<Effect> {
+    pub(crate) fn leave(&mut self, worker: WorkerId, cause: &str) -> Vec<Effect> {
+        let effects = self.disband(worker, cause);
         self.workers.remove(&worker);
-        let effects = self.disband(worker);
         self.then_muster(effects)
     }
 
-    /// A worker did not do its part in `epoch`: it counts no longer, until it joins again.
-    pub(crate) fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str) -> Vec<Effect> {
+    /// A worker did not do its part in `epoch`, for its own sake or because of the rank `at_rank`. Whose fault it is counts no
+    /// longer, until it joins again.
+    pub(crate) fn fail(
+        &mut self,
+        worker: WorkerId,
+        epoch: Epoch,
+        reason: &str,
+        at_rank: Option<usize>,
+    ) -> Vec<Effect> {
         if epoch != self.epoch || !self.is_member(worker) {
             return Vec::new();
         }
-        let Some(candidate) = self.workers.remove(&worker) else { return Vec::new() };
-        if let Phase::Loading(_) = self.phase {
+        let culprit = at_rank.and_then(|rank| self.members().nth(rank)).unwrap_or(worker);
+        let effects = self.disband(culprit, reason);
+        let Some(candidate) = self.workers.remove(&culprit) else { return effects };
+        // What happens before a group ever served is told to whoever waits for it.
+        if self.served.is_none() {
             self.failure = Some(format!("worker at {}: {reason}", candidate.address));
         }
-        let mut effects = vec![Effect::Dismiss(worker, reason.to_owned())];
-        effects.extend(self.disband(worker));
-        self.then_muster(effects)
+        let dismissed = [Effect::Dismiss(culprit, reason.to_owned())];
+        self.then_muster(dismissed.into_iter().chain(effects).collect())
     }
 
     /// The epoch that serves, and the worker that samples for it.
     pub(crate) fn sampler(&self) -> Option<(Epoch, WorkerId)> {
-        match &self.phase {
-            Phase::Serving(muster) => Some((self.epoch, *muster.formation.workers.first()?)),
-            _ => None,
-        }
+        let last = self.formation.groups.first()?.stages.last()?;
+        (self.phase == Phase::Serving).then_some((self.epoch, last.ranks.first()?.worker))
     }
 
     /// Where the group stands, if it does not serve.
     pub(crate) fn state(&self) -> Option<State> {
         match (&self.phase, &self.failure) {
-            (Phase::Serving(_), _) => None,
-            (Phase::Loading(_), _) => Some(State::Loading),
+            (Phase::Serving, _) => None,
+            (Phase::Loading { .. }, _) => Some(State::Loading),
             (Phase::Waiting, Some(reason)) => Some(State::Failed(reason.clone())),
-            (Phase::Waiting, None) => Some(State::Waiting { joined: self.workers.len(), wanted: self.width }),
+            (Phase::Waiting, None) => Some(match (self.form().shortage, self.policy.shape) {
+                (Some(shortage), _) => State::Waiting(shortage),
+                (None, Shape::Fixed { stages, ranks, .. }) => {
+                    State::Waiting(Shortage::Workers { joined: self.workers.len(), wanted: stages * ranks })
+                }
+                (None, Shape::Auto { .. }) => State::Gathering { joined: self.workers.len() },
+            }),
         }
     }
 
-    fn members(&self) -> &[WorkerId] {
-        match &self.phase {
-            Phase::Loading(muster) | Phase::Serving(muster) => &muster.formation.workers,
-            Phase::Waiting => &[],
-        }
+    /// The current epoch.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The group that loads or serves.
+    pub(crate) fn formation(&self) -> Option<&GroupFormation> {
+        self.formation.groups.first().filter(|_| self.phase != Phase::Waiting)
+    }
+
+    /// Everybody who has joined.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = &Candidate> {
+        self.workers.values()
+    }
+
+    /// Its members by rank; none while no group loads or serves.
+    pub(crate) fn members(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        self.formation().into_iter().flat_map(GroupFormation::workers)
     }
 
     fn is_member(&self, worker: WorkerId) -> bool {
-        self.members().contains(&worker)
+        self.members().any(|member| member == worker)
     }
 
-    /// Ends the epoch if `lost` took part in it: whoever else did is told.
-    fn disband(&mut self, lost: WorkerId) -> Vec<Effect> {
+    /// Whether a group is as wide as the policy asks for, or the model allows.
+    fn is_full(&self, group: &GroupFormation) -> bool {
+        let (_, width) = self.policy.shape.widths(group.report.units as usize);
+        group.stages.iter().all(|stage| stage.ranks.len() >= width)
+    }
+
+    fn form(&self) -> Formation {
+        form(self.workers.values(), &self.policy, &self.formation)
+    }
+
+    /// Begins the next epoch.
+    fn assign(&mut self, formation: Formation) -> Vec<Effect> {
+        self.epoch.counter += 1;
+        self.formation = formation;
+        self.phase = Phase::Loading { kv_blocks: BTreeMap::new(), attached: BTreeSet::new() };
+        let Some(group) = self.formation.groups.first() else { return Vec::new() };
+        let assign = |ranks: &[Rank]| -> Vec<Effect> {
+            let members: Vec<_> = ranks.iter().map(|rank| rank.member.clone()).collect();
+            let one = |(rank, place): (usize, &Rank)| {
+                let (group, members) = (group.report.name.clone(), members.clone());
+                Effect::Assign(place.worker, Assignment { epoch: self.epoch, group, rank, members })
+            };
+            ranks.iter().enumerate().map(one).collect()
+        };
+        group.stages.iter().flat_map(|stage| assign(&stage.ranks)).collect()
+    }
+
+    /// Ends the epoch if `lost` takes part in it: whoever else does is told.
+    fn disband(&mut self, lost: WorkerId, cause: &str) -> Vec<Effect> {
         if !self.is_member(lost) {
             return Vec::new();
         }
-        let survivors = self.members().iter().filter(|&&worker| worker != lost);
-        let effects = survivors.map(|&worker| Effect::Abandon(worker, self.epoch)).collect();
+        let mut effects = vec![Effect::Lost(self.loss(Some(lost), cause.to_owned()))];
+        let survivors = self.members().filter(|&worker| worker != lost);
+        effects.extend(survivors.map(|worker| Effect::Abandon(worker, self.epoch)));
         self.phase = Phase::Waiting;
         effects
     }
 
+    fn loss(&self, lost: Option<WorkerId>, cause: String) -> Loss {
+        let place = |worker| self.members().position(|member| member == worker);
+        let member = lost.and_then(|worker| Some((place(worker)?, self.workers.get(&worker)?.clone())));
+        Loss { epoch: self.epoch, ranks: self.members().count(), member, cause }
+    }
+
     fn then_muster(&mut self, mut effects: Vec<Effect>) -> Vec<Effect> {
-        effects.extend(self.muster());
+        effects.extend(self.muster(false));
         effects
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn report() -> ModelReport {
-        ModelReport {
-            name: "yi".into(),
-            vocabulary: 100,
-            max_context: 64,
-            units: 4,
-            block_size: 16,
-            eos: vec![2],
-            fingerprint: "a".into(),
-        }
-    }
-
-    fn group_of_two() -> (Group, WorkerId, WorkerId) {
-        let mut group = Group::new(2, 9);
-        let first = group.join("host1:1".into(), report()).unwrap();
-        assert_eq!(group.muster(), []);
-        assert_eq!(group.state().unwrap().to_string(), "waiting for workers: 1 of 2 joined");
-        let second = group.join("host2:1".into(), report()).unwrap();
-        (group, first, second)
-    }
-
-    fn epoch(counter: u64) -> Epoch {
-        Epoch { term: 9, counter }
-    }
-
-    fn serving() -> (Group, WorkerId, WorkerId) {
-        let (mut group, first, second) = group_of_two();
-        assert_eq!(group.muster().len(), 2);
-        assert_eq!(group.state(), Some(State::Loading));
-        for (worker, kv_blocks) in [(first, 10), (second, 7)] {
-            assert!(group.attach(worker, epoch(1)));
-            let effects = group.ready(worker, epoch(1), kv_blocks);
-            assert_eq!(effects.is_empty(), worker == first);
-        }
-        assert_eq!(group.sampler(), Some((epoch(1), first)));
-        (group, first, second)
-    }
-
-    #[test]
-    fn a_lost_member_ends_the_epoch_and_a_new_one_begins_the_next() {
-        let (mut group, first, second) = serving();
-        assert_eq!(group.leave(second), [Effect::Abandon(first, epoch(1))]);
-        assert_eq!(group.state(), Some(State::Waiting { joined: 1, wanted: 2 }));
-        let third = group.join("host2:1".into(), report()).unwrap();
-        assert_ne!(third, second);
-        let effects = group.muster();
-        assert!(matches!(&effects[0], Effect::Assign(worker, a) if *worker == first && a.epoch == epoch(2)));
-        assert!(matches!(&effects[1], Effect::Assign(worker, a) if *worker == third && a.rank == 1));
-        // What comes late from the epoch before changes nothing.
-        assert_eq!(group.ready(first, epoch(1), 10), []);
-        assert_eq!(group.fail(first, epoch(1), "late"), []);
-        assert!(!group.attach(first, epoch(1)));
-        assert_eq!(group.state(), Some(State::Loading));
-    }
-
-    #[test]
-    fn a_spare_takes_over_at_once() {
-        let (mut group, first, second) = serving();
-        let spare = group.join("host3:1".into(), report()).unwrap();
-        assert_eq!(group.muster(), []);
-        let effects = group.fail(first, epoch(1), "lost rank 1");
-        assert_eq!(effects[0], Effect::Dismiss(first, "lost rank 1".into()));
-        assert_eq!(effects[1], Effect::Abandon(second, epoch(1)));
-        assert!(matches!(&effects[2], Effect::Assign(worker, a) if *worker == second && a.rank == 0));
-        assert!(matches!(&effects[3], Effect::Assign(worker, _) if *worker == spare));
-    }
-
-    #[test]
-    fn a_worker_whose_load_failed_does_not_count_until_it_joins_again() {
-        let (mut group, first, second) = group_of_two();
-        group.muster();
-        let effects = group.fail(second, epoch(1), "no memory");
-        assert_eq!(effects, [Effect::Dismiss(second, "no memory".into()), Effect::Abandon(first, epoch(1))]);
-        assert_eq!(group.state(), Some(State::Failed("worker at host2:1: no memory".into())));
-        assert_eq!(group.leave(second), []);
-        group.join("host2:1".into(), report()).unwrap();
-        assert_eq!(group.muster().len(), 2);
-        assert_eq!(group.state(), Some(State::Loading));
-    }
-
-    #[test]
-    fn only_the_same_model_joins() {
-        let (mut group, first, second) = serving();
-        let other = ModelReport { fingerprint: "b".into(), ..report() };
-        let refusal = "worker at host3:1 serves fingerprint b, the group a";
-        assert_eq!(group.join("host3:1".into(), other.clone()), Err(refusal.into()));
-        // Requests may be in flight when nobody is there.
-        group.leave(first);
-        group.leave(second);
-        assert_eq!(group.join("host3:1".into(), other), Err(refusal.into()));
-    }
-
-    #[test]
-    fn a_width_that_the_model_does_not_have_is_refused() {
-        let mut group = Group::new(5, 1);
-        let refusal = group.join("host1:1".into(), report()).unwrap_err();
-        assert!(refusal.starts_with("5 workers asked for"), "{refusal}");
-        assert_eq!(group.state(), Some(State::Failed(refusal)));
     }
 }

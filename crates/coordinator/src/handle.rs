@@ -1,7 +1,6 @@
 //! The coordinator as the gateway sees it.
 
-use std::sync::{Arc, OnceLock};
-
+use cluster::proto::ClusterStatus;
 use engine::Request;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -14,8 +13,8 @@ use crate::group::State;
 pub struct CoordinatorHandle {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) state: watch::Receiver<State>,
-    /// Set when a group first serves, and the same ever after.
-    pub(crate) model: Arc<OnceLock<ModelInfo>>,
+    /// What the last group served; none before the first.
+    pub(crate) model: watch::Receiver<Option<ModelInfo>>,
 }
 
 impl CoordinatorHandle {
@@ -23,18 +22,35 @@ impl CoordinatorHandle {
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
+
+    /// Sends a command to the leader and waits for its answer.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
+        let stopped = || EngineError::Unavailable("the coordinator has stopped".into());
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| stopped())?;
+        answer.await.map_err(|_| stopped())
+    }
 }
 
 #[tonic::async_trait]
 impl Engine for CoordinatorHandle {
     fn model(&self) -> Result<ModelInfo, EngineError> {
-        self.model.get().cloned().ok_or_else(|| EngineError::Unavailable(self.state.borrow().to_string()))
+        let model = self.model.borrow().clone();
+        model.ok_or_else(|| EngineError::Unavailable(self.state.borrow().to_string()))
+    }
+
+    fn health(&self) -> Result<(), EngineError> {
+        match &*self.state.borrow() {
+            State::Serving(_) => Ok(()),
+            state => Err(EngineError::Unavailable(state.to_string())),
+        }
+    }
+
+    async fn status(&self) -> Result<ClusterStatus, EngineError> {
+        self.ask(|reply| Command::Status { reply }).await
     }
 
     async fn submit(&self, request: Request) -> Result<Submission, EngineError> {
-        let stopped = || EngineError::Unavailable("the coordinator has stopped".into());
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Submit { request, reply }).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())?
+        self.ask(|reply| Command::Submit { request, reply }).await?
     }
 }

@@ -1,25 +1,31 @@
 //! The one task that owns the scheduler and the group.
 
+mod tend;
+
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
-use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
-use cluster::{ModelReport, Session, WorkerId, encode_plan};
+use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame, Welcome};
+use cluster::{Session, WorkerId, encode_plan};
 use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
 use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval};
 use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
 
 use crate::api::{EngineError, ModelInfo, Submission};
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
-use crate::group::{Effect, Group, Standing, State};
+use crate::detector::Detector;
+use crate::group::{Effect, Group, Newcomer, Standing, State};
 use crate::handle::CoordinatorHandle;
+use crate::incidents::Incidents;
+use crate::leader::tend::Pace;
 use crate::requests::Requests;
 use crate::service::ClusterService;
+use crate::status::{Rates, View};
 
 /// Commands that wait for the leader; more hold up whoever sends them.
 const COMMANDS: usize = 256;
@@ -33,11 +39,16 @@ impl Coordinator {
     /// all of both are dropped.
     pub fn start(config: CoordinatorConfig) -> (CoordinatorHandle, ClusterService) {
         let (commands, inbox) = mpsc::channel(COMMANDS);
-        let group = Group::new(config.width, incarnation());
-        let (state_sender, state) = watch::channel(State::Waiting { joined: 0, wanted: config.width });
-        let model = Arc::new(OnceLock::new());
+        let group = Group::new(config.policy, incarnation());
+        let (state_sender, state) = watch::channel(group.state().unwrap_or(State::Loading));
+        let (model_sender, model) = watch::channel(None);
         let service = ClusterService::new(&config, commands.clone());
+        let now = Instant::now();
         let leader = Leader {
+            detector: Detector::new(config.progress_timeout),
+            incidents: Incidents::default(),
+            rates: Rates::new(now),
+            pace: Pace::new(now),
             config,
             group,
             workers: BTreeMap::new(),
@@ -45,7 +56,7 @@ impl Coordinator {
             requests: Requests::default(),
             step: None,
             state: state_sender,
-            model: model.clone(),
+            model: model_sender,
         };
         tokio::spawn(leader.run(inbox));
         (CoordinatorHandle { commands, state, model }, service)
@@ -60,6 +71,10 @@ fn incarnation() -> u64 {
 struct Leader {
     config: CoordinatorConfig,
     group: Group,
+    detector: Detector,
+    incidents: Incidents,
+    rates: Rates,
+    pace: Pace,
     workers: BTreeMap<WorkerId, Connection>,
     /// There is one from the first group on; it outlives every group.
     scheduler: Option<Scheduler>,
@@ -67,7 +82,7 @@ struct Leader {
     /// The step in flight.
     step: Option<Step>,
     state: watch::Sender<State>,
-    model: Arc<OnceLock<ModelInfo>>,
+    model: watch::Sender<Option<ModelInfo>>,
 }
 
 /// A step whose output is awaited.
@@ -86,8 +101,16 @@ struct Connection {
 
 impl Leader {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
-        while let Some(command) = inbox.recv().await {
-            self.handle(command);
+        let mut ticks = interval(self.config.heartbeat_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = inbox.recv() => match command {
+                    Some(command) => self.handle(command),
+                    None => return,
+                },
+                _ = ticks.tick() => self.tend(Instant::now()),
+            }
             // Whatever has arrived meanwhile takes part in the next step.
             while let Ok(command) = inbox.try_recv() {
                 self.handle(command);
@@ -102,22 +125,34 @@ impl Leader {
                 // Whoever asked may be gone: then its events have no receiver, which cancels it.
                 let _ = reply.send(self.submit(request));
             }
-            Command::Join { address, report, session, down, reply } => {
-                let _ = reply.send(self.join(address, report, session, down));
-                let effects = self.group.muster();
+            Command::Status { reply } => {
+                let _ = reply.send(self.status());
+            }
+            Command::Join { newcomer, session, down, reply } => {
+                let _ = reply.send(self.join(*newcomer, session, down));
+                let effects = self.group.muster(false);
                 self.perform(effects);
             }
-            Command::Ready { worker, epoch, kv_blocks } => {
+            Command::Heartbeat { worker, progress } => {
+                if self.workers.contains_key(&worker) {
+                    self.detector.heard(worker, progress, Instant::now());
+                }
+            }
+            Command::Ready { worker, epoch, kv_blocks, loading } => {
+                if epoch == self.group.epoch() {
+                    self.incidents.loaded(loading);
+                }
                 let effects = self.group.ready(worker, epoch, kv_blocks);
                 self.perform(effects);
             }
-            Command::Failed { worker, epoch, reason } => self.fail(worker, epoch, &reason),
+            Command::Failed { worker, epoch, reason, at_rank } => self.fail(worker, epoch, &reason, at_rank),
             Command::Left { worker, reason } => {
                 if self.workers.remove(&worker).is_some() {
                     warn!(%worker, reason, "a worker left");
                 }
-                let effects = self.group.leave(worker);
+                let effects = self.group.leave(worker, &reason);
                 self.perform(effects);
+                self.detector.forget(worker);
             }
             Command::Attach { worker, epoch, proof, plans, reply } => {
                 let _ = reply.send(self.attach(worker, epoch, &proof, plans));
@@ -143,25 +178,23 @@ impl Leader {
         Ok(Submission { events: self.requests.open(seq, prompt_tokens) })
     }
 
-    fn join(
-        &mut self,
-        address: String,
-        report: ModelReport,
-        session: Session,
-        down: JoinSender,
-    ) -> Result<WorkerId, Status> {
+    fn join(&mut self, newcomer: Newcomer, session: Session, down: JoinSender) -> Result<WorkerId, Status> {
         // Two cannot listen at one address: the one that was there has come back on a new connection.
+        let address = newcomer.address.clone();
         if let Some(before) = self.group.at(&address) {
-            self.dismiss(before, Status::already_exists(format!("another worker joined at {address}")));
-            let effects = self.group.leave(before);
+            let reason = format!("another worker joined at {address}");
+            self.dismiss(before, Status::already_exists(reason.clone()));
+            let effects = self.group.leave(before, &reason);
             self.perform(effects);
         }
-        let id = self.group.join(address.clone(), report).map_err(|reason| {
+        let id = self.group.join(newcomer).map_err(|reason| {
             warn!(reason, "refused a worker");
             Status::failed_precondition(reason)
         })?;
         info!(worker = %id, address, "a worker joined");
-        let welcome = Message::Welcome(Welcome { worker_id: id.0 });
+        self.pace.joined(Instant::now());
+        let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
+        let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
         self.workers.insert(id, Connection { session, join: down, plans: None });
         Ok(id)
@@ -186,8 +219,8 @@ impl Leader {
         Ok(())
     }
 
-    fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str) {
-        let effects = self.group.fail(worker, epoch, reason);
+    fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str, at_rank: Option<usize>) {
+        let effects = self.group.fail(worker, epoch, reason, at_rank);
         if effects.is_empty() {
             return debug!(%worker, %epoch, reason, "a failure after the epoch was over");
         }
@@ -198,6 +231,16 @@ impl Leader {
     fn perform(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
+                Effect::Lost(loss) => {
+                    let now = Instant::now();
+                    let heard =
+                        loss.member.as_ref().and_then(|(_, worker)| self.detector.last_heard(worker.id));
+                    let detect = heard.map(|(at, _)| now.saturating_duration_since(at)).unwrap_or_default();
+                    info!(epoch = %loss.epoch, cause = loss.cause, "the epoch is over");
+                    self.incidents.lost(loss, detect, now);
+                    self.detector.reset();
+                    self.pace.lost(now);
+                }
                 Effect::Assign(worker, assignment) => {
                     info!(%worker, epoch = %assignment.epoch, rank = assignment.rank, "assigned");
                     self.tell(worker, Message::Assignment(assignment.into()));
@@ -220,9 +263,9 @@ impl Leader {
     }
 
     fn serve(&mut self, standing: Standing) {
-        let Standing { epoch, report, kv_blocks } = standing;
-        let max_context =
-            self.config.max_context.map_or(report.max_context, |limit| limit.min(report.max_context));
+        let Standing { epoch, report, ranks, kv_blocks } = standing;
+        let context = self.config.policy.context;
+        let max_context = context.map_or(report.max_context, |limit| limit.min(report.max_context));
         let limits = SchedulerConfig {
             blocks: kv_blocks,
             block_size: report.block_size,
@@ -231,7 +274,7 @@ impl Leader {
             max_batch_tokens: self.config.max_batch_tokens.max(1),
             max_sequences: self.config.max_sequences.clamp(1, MAX_SLICES as u32),
         };
-        info!(%epoch, kv_blocks, ranks = self.config.width, "serving");
+        info!(%epoch, kv_blocks, ranks, "serving");
         match &mut self.scheduler {
             None => self.scheduler = Some(Scheduler::new(limits, epoch)),
             Some(scheduler) => {
@@ -241,15 +284,19 @@ impl Leader {
                 }
             }
         }
-        let model = self.model.get_or_init(|| ModelInfo {
+        let model = ModelInfo {
             name: report.name,
             vocabulary: report.vocabulary,
             max_context,
             eos: report.eos,
-            ranks: self.config.width as u32,
+            ranks: ranks as u32,
             fingerprint: report.fingerprint,
-        });
-        self.set_state(State::Serving(model.clone()));
+        };
+        self.model.send_replace(Some(model.clone()));
+        self.set_state(State::Serving(model));
+        let (now, requests) = (Instant::now(), self.requests());
+        self.pace.serves(now);
+        tend::report(self.incidents.served(epoch, ranks, requests, now));
     }
 
     fn apply(&mut self, worker: WorkerId, epoch: Epoch, output: &StepOutput) {
@@ -258,7 +305,7 @@ impl Leader {
             return debug!(%worker, %epoch, "dropped an output of another epoch");
         }
         if worker != sampler {
-            return self.fail(worker, epoch, "sent an output, but another rank samples");
+            return self.fail(worker, epoch, "sent an output, but another rank samples", None);
         }
         let Some(scheduler) = &mut self.scheduler else { return };
         match scheduler.apply(output) {
@@ -266,9 +313,10 @@ impl Leader {
                 if let Some(Step { span, planned, .. }) = self.step.take_if(|step| step.id == output.step) {
                     span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
                 }
+                self.applied(output.step, &events);
                 events.into_iter().for_each(|event| self.requests.deliver(event));
             }
-            Err(error) => self.fail(worker, epoch, &error.to_string()),
+            Err(error) => self.fail(worker, epoch, &error.to_string(), None),
         }
     }
 
@@ -283,13 +331,14 @@ impl Leader {
         let (epoch, step) = (plan.epoch, plan.step);
         let span = debug_span!("step", %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
         let frame = StepFrame { plan: encode_plan(&plan) };
+        self.detector.planned(step, plan.rows(), Instant::now());
         self.step = Some(Step { id: step, span, planned: Instant::now() });
         let stuck = self.workers.iter().find_map(|(worker, connection)| {
             let plans = connection.plans.as_ref()?;
             plans.try_send(Ok(frame.clone())).is_err().then_some(*worker)
         });
         if let Some(worker) = stuck {
-            self.fail(worker, epoch, "does not take plans");
+            self.fail(worker, epoch, "does not take plans", None);
         }
     }
 
@@ -298,6 +347,12 @@ impl Leader {
             // If the stream has ended, `Left` is on its way.
             let _ = connection.join.send(Ok(CoordinatorMessage { message: Some(message) }));
         }
+    }
+
+    fn status(&self) -> ClusterStatus {
+        let Self { group, detector, incidents, rates, .. } = self;
+        let (scheduler, now) = (self.scheduler.as_ref(), Instant::now());
+        View { state: &self.state.borrow(), group, detector, incidents, scheduler, rates, now }.status()
     }
 
     fn dismiss(&mut self, worker: WorkerId, status: Status) {

@@ -6,11 +6,14 @@
 pub mod api;
 mod command;
 mod config;
+mod detector;
 mod group;
 mod handle;
+mod incidents;
 mod leader;
 mod requests;
 mod service;
+mod status;
 
 pub use api::{Engine, EngineError, EngineEvent, ModelInfo, Submission};
 pub use config::CoordinatorConfig;

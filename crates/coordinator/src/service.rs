@@ -1,6 +1,6 @@
 //! The internal gRPC service: parses what workers send, proves who they are, and passes it on to the leader.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use auth::{Nonce, Secret};
 use cluster::convert::{self, Malformed};
@@ -11,7 +11,7 @@ use cluster::proto::{
     Challenge, CoordinatorMessage, Hello, StepFrame, StepReply, WorkerMessage, coordinator_message,
     step_reply,
 };
-use cluster::{ModelReport, PROTOCOL, Session, WORKER_MESSAGE_LIMIT, WorkerId};
+use cluster::{ModelReport, PROTOCOL, Progress, Resources, Session, WORKER_MESSAGE_LIMIT, WorkerId};
 use engine::{Epoch, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -21,9 +21,12 @@ use tracing::warn;
 
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
+use crate::group::Newcomer;
 
 /// A stranger may not keep a stream open for longer without proving itself.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How late a timer fires on a machine that is merely busy.
+const LATE: Duration = Duration::from_millis(500);
 
 /// The service for workers; cheap to clone.
 #[derive(Debug, Clone)]
@@ -70,7 +73,7 @@ impl ClusterService {
         down: &JoinSender,
     ) -> Result<WorkerId, Status> {
         let Up::Hello(hello) = receive(up).await? else { return Err(unexpected("hello")) };
-        let Hello { protocol, nonce: theirs, collective_address, host, model } = hello;
+        let Hello { protocol, nonce: theirs, collective_address, host, model, resources } = hello;
         if protocol != PROTOCOL {
             return Err(Status::failed_precondition(format!(
                 "the coordinator speaks protocol {PROTOCOL}, the worker protocol {protocol}: run the same version on both"
@@ -81,6 +84,8 @@ impl ClusterService {
         let host = convert::text("hello.host", host).map_err(invalid)?;
         let model =
             convert::present("hello.model", model).and_then(ModelReport::try_from).map_err(invalid)?;
+        let resources =
+            convert::present("hello.resources", resources).and_then(Resources::try_from).map_err(invalid)?;
 
         let ours = Nonce::random();
         let session = Session::new(self.secret.clone(), theirs, ours);
@@ -94,21 +99,25 @@ impl ClusterService {
             )));
         }
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Join { address, report: model, session, down: down.clone(), reply }).await?;
+        let down = down.clone();
+        let newcomer = Box::new(Newcomer { address, host, report: model, resources });
+        self.send(Command::Join { newcomer, session, down, reply }).await?;
         answer.await.map_err(|_| stopped())?
     }
 
     /// Passes on what a worker sends until it falls silent; returns how that showed.
     async fn listen(&self, worker: WorkerId, up: &mut Streaming<WorkerMessage>) -> String {
         loop {
+            let began = Instant::now();
             let message = match timeout(self.heartbeat_timeout, receive(up)).await {
                 Ok(Ok(message)) => message,
                 Ok(Err(status)) => return status.message().to_owned(),
+                // A timer that fires late tells that this process was held up, not the worker.
+                Err(_) if began.elapsed() > self.heartbeat_timeout + LATE => continue,
                 Err(_) => return format!("no heartbeat for {:?}", self.heartbeat_timeout),
             };
             let command = match command(worker, message) {
-                Ok(Some(command)) => command,
-                Ok(None) => continue,
+                Ok(command) => command,
                 Err(malformed) => return malformed.to_string(),
             };
             if self.commands.send(command).await.is_err() {
@@ -135,7 +144,7 @@ impl ClusterService {
             }
         };
         // Of no consequence if the epoch is over.
-        let _ = self.commands.send(Command::Failed { worker, epoch, reason }).await;
+        let _ = self.commands.send(Command::Failed { worker, epoch, reason, at_rank: None }).await;
     }
 
     async fn send(&self, command: Command) -> Result<(), Status> {
@@ -190,21 +199,21 @@ async fn receive(up: &mut Streaming<WorkerMessage>) -> Result<Up, Status> {
 }
 
 /// What a welcome worker's message means for the leader.
-fn command(worker: WorkerId, message: Up) -> Result<Option<Command>, Malformed> {
+fn command(worker: WorkerId, message: Up) -> Result<Command, Malformed> {
     match message {
-        Up::Heartbeat(_) => Ok(None),
-        Up::Ready(ready) => {
-            let epoch = convert::epoch("ready.epoch", ready.epoch)?;
-            Ok(Some(Command::Ready { worker, epoch, kv_blocks: ready.kv_blocks }))
-        }
-        Up::Failed(failed) => {
-            let epoch = convert::epoch("failed.epoch", failed.epoch)?;
-            Ok(Some(Command::Failed {
-                worker,
-                epoch,
-                reason: convert::text("failed.reason", failed.reason)?,
-            }))
-        }
+        Up::Heartbeat(heartbeat) => Ok(Command::Heartbeat { worker, progress: Progress::from(heartbeat) }),
+        Up::Ready(ready) => Ok(Command::Ready {
+            worker,
+            epoch: convert::epoch("ready.epoch", ready.epoch)?,
+            kv_blocks: ready.kv_blocks,
+            loading: Duration::from_micros(ready.load_micros),
+        }),
+        Up::Failed(failed) => Ok(Command::Failed {
+            worker,
+            epoch: convert::epoch("failed.epoch", failed.epoch)?,
+            reason: convert::text("failed.reason", failed.reason)?,
+            at_rank: failed.at_rank.map(|rank| rank as usize),
+        }),
         Up::Hello(_) => Err(Malformed { field: "hello", problem: "came twice".into() }),
         Up::Proof(_) => Err(Malformed { field: "proof", problem: "came twice".into() }),
     }

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use auth::Secret;
+use cluster::proto::ClusterStatus;
+use cluster::{Policy, Shape, Shortage};
 use coordinator::{
     Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineError, EngineEvent, State, Submission,
 };
@@ -61,6 +63,10 @@ impl Cluster {
     }
 }
 
+fn waiting(joined: usize, wanted: usize) -> State {
+    State::Waiting(Shortage::Workers { joined, wanted })
+}
+
 fn request(prompt: &[u32], max_tokens: u32) -> Request {
     Request { prompt: prompt.to_vec(), max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
 }
@@ -93,7 +99,7 @@ async fn requests_are_served_by_all_ranks() {
     let cluster = Cluster::start(2).await;
     let (sender, mut plans) = mpsc::unbounded_channel();
     let _first = cluster.fake(1).start(cluster.address);
-    cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+    cluster.until(|state| *state == waiting(1, 2)).await;
     let waiting = EngineError::Unavailable("waiting for workers: 1 of 2 joined".into());
     assert_eq!(cluster.handle.model(), Err(waiting.clone()));
     assert_eq!(cluster.handle.submit(request(PROMPT, 1)).await.expect_err("nobody serves"), waiting);
@@ -153,7 +159,7 @@ async fn a_wrong_secret_is_refused() {
     let end = stranger.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::Unauthenticated);
     assert_eq!(end.message(), "the worker on here does not know the cluster's secret");
-    assert_eq!(*cluster.handle.state().borrow(), State::Waiting { joined: 0, wanted: 1 });
+    assert_eq!(*cluster.handle.state().borrow(), waiting(0, 1));
 }
 
 #[tokio::test]
@@ -161,7 +167,7 @@ async fn another_protocol_is_refused_naming_both() {
     let cluster = Cluster::start(1).await;
     let end = Fake { protocol: 99, ..cluster.fake(1) }.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::FailedPrecondition);
-    let expected = "the coordinator speaks protocol 1, the worker protocol 99: run the same version on both";
+    let expected = "the coordinator speaks protocol 2, the worker protocol 99: run the same version on both";
     assert_eq!(end.message(), expected);
 }
 
@@ -169,7 +175,7 @@ async fn another_protocol_is_refused_naming_both() {
 async fn another_fingerprint_is_refused_by_name() {
     let cluster = Cluster::start(2).await;
     let _first = cluster.fake(1).start(cluster.address);
-    cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+    cluster.until(|state| *state == waiting(1, 2)).await;
     let mut other = cluster.fake(2);
     other.report.fingerprint = "fake-bf16".into();
     let end = other.start(cluster.address).end().await;
@@ -183,7 +189,7 @@ async fn streams_go_on_when_a_lost_worker_comes_back() {
         let cluster = Cluster::start(2).await;
         let holding = |port| Fake { hold_from: Some(12), ..cluster.fake(port) };
         let mut workers = vec![(1, holding(1).start(cluster.address))];
-        cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+        cluster.until(|state| *state == waiting(1, 2)).await;
         workers.push((2, holding(2).start(cluster.address)));
         cluster.serving().await;
 
@@ -193,16 +199,124 @@ async fn streams_go_on_when_a_lost_worker_comes_back() {
             seen.push(token(&mut submission).await);
         }
         workers.retain(|(port, _)| *port != lost);
-        cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+        cluster.until(|state| *state == waiting(1, 2)).await;
         // New requests wait with the old ones, and what is served is known.
         let mut waiting = cluster.submit(&[5], 3).await;
         assert!(cluster.handle.model().is_ok());
+        let down = EngineError::Unavailable("waiting for workers: 1 of 2 joined".into());
+        assert_eq!(cluster.handle.health(), Err(down), "but nobody serves it");
 
         workers.push((lost, cluster.fake(lost).start(cluster.address)));
         seen.extend(tokens(&mut submission).await);
         assert_eq!(seen, continuation(PROMPT, 40), "worker {lost} was lost");
         assert_eq!(tokens(&mut waiting).await, continuation(&[5], 3));
     }
+}
+
+/// A cluster of two ranks that may also be one.
+async fn narrowing(change: impl FnOnce(&mut CoordinatorConfig)) -> Cluster {
+    Cluster::start_with(2, |config| {
+        let shape = Shape::Fixed { stages: 1, ranks: 2, min_ranks: 1 };
+        config.policy = Policy { shape, ..config.policy };
+        config.heartbeat_interval = Duration::from_millis(50);
+        change(config);
+    })
+    .await
+}
+
+async fn status(cluster: &Cluster) -> ClusterStatus {
+    cluster.handle.status().await.expect("the coordinator runs")
+}
+
+#[tokio::test]
+async fn a_group_closes_ranks_and_takes_in_who_comes_back() {
+    let cluster = narrowing(|_| {}).await;
+    let _first = cluster.fake(1).start(cluster.address);
+    cluster.until(|state| *state == waiting(1, 2)).await;
+    let second = Fake { hold_from: Some(5), ..cluster.fake(2) }.start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 40).await;
+    let mut seen = vec![token(&mut submission).await];
+    drop(second);
+    seen.extend(tokens(&mut submission).await);
+    assert_eq!(seen, continuation(PROMPT, 40));
+    assert_eq!(cluster.handle.model().expect("it serves").ranks, 1);
+
+    // Nothing runs: another rank costs nobody anything.
+    let _third = cluster.fake(3).start(cluster.address);
+    cluster.until(|state| matches!(state, State::Serving(model) if model.ranks == 2)).await;
+    let status = status(&cluster).await;
+    let [wider, lost] = &status.incidents[..] else { panic!("two incidents: {status:?}") };
+    assert_eq!(wider.losses[0].cause, "wider: from 1 to 2 ranks");
+    assert_eq!((wider.losses[0].rank, wider.recompute_micros), (None, None));
+    assert_eq!((wider.ranks_before, wider.ranks_after, wider.counter_after), (1, 2, 3));
+    assert_eq!((lost.losses[0].rank, lost.losses[0].address.as_str()), (Some(1), "127.0.0.1:2"));
+    assert_eq!((lost.ranks_before, lost.ranks_after), (2, 1));
+    assert!(lost.recompute_micros.is_some() && lost.load_micros.is_some(), "{lost:?}");
+}
+
+#[tokio::test]
+async fn a_rank_that_hangs_is_dismissed_and_those_that_wait_for_it_stay() {
+    for culprit in [0, 1] {
+        let cluster = narrowing(|config| config.progress_timeout = Duration::from_millis(400)).await;
+        let hanging = |port| Fake { hangs: Some((culprit, 3)), ..cluster.fake(port) }.start(cluster.address);
+        let first = hanging(1);
+        cluster.until(|state| *state == waiting(1, 2)).await;
+        let second = hanging(2);
+        cluster.serving().await;
+        let mut submission = cluster.submit(PROMPT, 20).await;
+        assert_eq!(tokens(&mut submission).await, continuation(PROMPT, 20));
+        let end = if culprit == 0 { first } else { second }.end().await;
+        assert_eq!(end.code(), Code::Aborted);
+        assert!(end.message().starts_with("makes no progress in step 3 for "), "{end}");
+        let lost = status(&cluster).await.incidents[0].losses[0].clone();
+        assert_eq!((lost.rank, lost.cause.as_str()), (Some(culprit as u32), end.message()));
+    }
+}
+
+#[tokio::test]
+async fn a_rank_that_is_lost_to_another_is_replaced_and_not_the_one_that_says_so() {
+    let cluster = narrowing(|_| {}).await;
+    let _first = Fake { accuses: Some((3, 1)), ..cluster.fake(1) }.start(cluster.address);
+    cluster.until(|state| *state == waiting(1, 2)).await;
+    let second = Fake { hold_from: Some(3), ..cluster.fake(2) }.start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 20).await;
+    assert_eq!(tokens(&mut submission).await, continuation(PROMPT, 20));
+    let end = second.end().await;
+    assert_eq!((end.code(), end.message()), (Code::Aborted, "lost rank 1"));
+}
+
+#[tokio::test]
+async fn status_tells_who_does_what() {
+    let cluster = Cluster::start(2).await;
+    let nobody = status(&cluster).await;
+    assert_eq!((nobody.serving, nobody.state.as_str()), (false, "waiting for workers: 0 of 2 joined"));
+    assert_eq!((nobody.groups, nobody.spares), (vec![], vec![]));
+    let _workers: Vec<_> = (1..=3)
+        .map(|port| Fake { hold_from: Some(2), ..cluster.fake(port) }.start(cluster.address))
+        .collect();
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 20).await;
+    token(&mut submission).await;
+    let _waiting = cluster.submit(&[1], 1).await;
+    let status = loop {
+        let status = status(&cluster).await;
+        if status.spares.len() == 1 {
+            break status;
+        }
+        tokio::task::yield_now().await;
+    };
+    assert_eq!((status.serving, status.running + status.waiting), (true, 2));
+    let group = &status.groups[0];
+    assert_eq!((group.model.as_str(), group.counter, group.kv_blocks), ("fake", 1, 100));
+    assert!(group.kv_blocks_used >= 2, "{group:?}");
+    let units: Vec<_> = group.ranks.iter().map(|rank| (rank.rank, rank.first_unit, rank.end_unit)).collect();
+    assert_eq!(units, [(0, 0, 2), (1, 2, 4)]);
+    let mut ports: Vec<_> =
+        group.ranks.iter().flat_map(|rank| &rank.worker).chain(&status.spares).map(|w| &w.address).collect();
+    ports.sort();
+    assert_eq!(ports, ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]);
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! `grpc.health.v1.Health`, answered by the engine itself: serving exactly while it has a model.
+//! `grpc.health.v1.Health`, answered by the engine itself: serving exactly while steps run.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl HealthService {
     fn status(&self, service: &str) -> ServingStatus {
         if !service.is_empty() && service != SERVICE_NAME {
             ServingStatus::ServiceUnknown
-        } else if self.stopping.is_cancelled() || self.engine.model().is_err() {
+        } else if self.stopping.is_cancelled() || self.engine.health().is_err() {
             ServingStatus::NotServing
         } else {
             ServingStatus::Serving

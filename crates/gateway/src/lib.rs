@@ -6,6 +6,7 @@ pub mod chat;
 pub mod detokenize;
 mod files;
 mod health;
+mod monitor;
 mod pieces;
 mod request;
 pub mod server;

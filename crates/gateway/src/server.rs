@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use cluster::proto::FILE_DESCRIPTOR_SET;
 use cluster::proto::generation_server::{GenerationServer, SERVICE_NAME};
+use cluster::proto::monitor_server::{self, MonitorServer};
 use coordinator::Engine;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,7 @@ use tonic_health::pb::health_server::{self, HealthServer};
 use tonic_reflection::server::Builder;
 
 use crate::health::HealthService;
+use crate::monitor::MonitorService;
 use crate::service::GenerationService;
 use crate::tokenizer::Tokenizer;
 
@@ -47,6 +49,7 @@ pub fn router(
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
         .add_service(generation)
+        .add_service(MonitorServer::new(MonitorService::new(Arc::clone(&engine), stopping.clone())))
         .add_service(HealthServer::new(HealthService::new(engine, stopping)))
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);
@@ -77,5 +80,6 @@ fn reflection<'a>() -> Builder<'a> {
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name(SERVICE_NAME)
+        .with_service_name(monitor_server::SERVICE_NAME)
         .with_service_name(health_server::SERVICE_NAME)
 }

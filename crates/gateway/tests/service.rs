@@ -5,6 +5,7 @@ mod common;
 
 use cluster::proto;
 use cluster::proto::generate_request::Prompt;
+use cluster::proto::monitor_client::MonitorClient;
 use cluster::proto::{FinishReason as Reason, GenerateRequest};
 use common::fake::{Gateway, Responses, finished, model, token};
 use common::nano;
@@ -299,6 +300,28 @@ async fn health_follows_the_engine() {
     assert_eq!(health.check(request("nobody")).await.unwrap_err().code(), Code::NotFound);
     gateway.set_model(Err(EngineError::Unavailable("rank 2 was lost".into())));
     assert_eq!(health.check(request("")).await.unwrap().into_inner().status(), ServingStatus::NotServing);
+}
+
+#[tokio::test]
+async fn status_is_the_engines_own_and_a_watch_ends_with_the_server() {
+    let gateway = Gateway::start(nano(), Err(EngineError::Unavailable("no workers".into()))).await;
+    let mut monitor = MonitorClient::new(gateway.channel.clone());
+    let refused = monitor.get_status(proto::GetStatusRequest {}).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "no workers"));
+    gateway.set_model(Ok(model()));
+    let status = monitor.get_status(proto::GetStatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.serving, status.state.as_str()), (true, "yi-nano"));
+    let often = proto::WatchStatusRequest { interval_millis: Some(0) };
+    let mut watch = monitor.watch_status(often).await.unwrap().into_inner();
+    for _ in 0..3 {
+        assert_eq!(watch.message().await.unwrap().unwrap(), status);
+    }
+    let server = gateway.stop();
+    while let Some(next) = watch.message().await.unwrap() {
+        assert_eq!(next, status);
+    }
+    drop((watch, monitor));
+    server.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -237,6 +237,10 @@ pub trait Backend {
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
     /// Bytes that a KV cache may take where the user sets no limit.
     fn kv_budget(&self) -> Result<u64>;
+    /// Bytes that weights, activations and a KV cache may still take together.
+    fn memory_budget(&self) -> Result<u64> {
+        self.kv_budget()
+    }
 
     // ---- steps
 

@@ -149,6 +149,10 @@ impl Backend for Cpu {
         Ok(memory::available() / KV_MEMORY_SHARE)
     }
 
+    fn memory_budget(&self) -> Result<u64> {
+        Ok(memory::available())
+    }
+
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {
         shape::embed(step, table.rows.cols(), out.dims())?;
         rows::embed(&self.pool, self.vectors, &step.ids, table, out.shared_f32s()?);

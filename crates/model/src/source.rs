@@ -65,9 +65,9 @@ pub struct Report {
 #[derive(Debug)]
 pub struct ModelSource {
     dir: PathBuf,
-    options: ModelOptions,
-    config: Config,
-    checkpoint: Checkpoint,
+    pub(crate) options: ModelOptions,
+    pub(crate) config: Config,
+    pub(crate) checkpoint: Checkpoint,
     /// Hash of what tells this model from others.
     identity: String,
 }
@@ -165,7 +165,7 @@ impl ModelSource {
         self.options.max_context.unwrap_or(self.config.max_positions)
     }
 
-    fn kv_shape(&self, units: usize) -> KvShape {
+    pub(crate) fn kv_shape(&self, units: usize) -> KvShape {
         let shape = &self.config.shape;
         let (layers, head_dim) = (shape.layers, shape.head_dim);
         KvShape { layers, units, group: shape.group(), head_dim, dtype: self.options.kv_dtype }

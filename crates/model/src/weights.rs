@@ -88,8 +88,27 @@ impl<B: Backend> Weights<B> {
 
     /// Bytes that a decode step reads: every matrix.
     pub(crate) fn step_bytes(&self, backend: &B) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]).flatten();
-        layers.chain(&self.head).map(|matrix| backend.matrix_bytes(matrix)).sum()
+        let head: usize = self.head.iter().map(|matrix| backend.matrix_bytes(matrix)).sum();
+        self.layers.iter().map(|layer| layer.bytes(backend)).sum::<usize>() + head
+    }
+
+    /// One layer of a single unit, to see what it takes.
+    pub(crate) fn sample(
+        backend: &B,
+        config: &Config,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        dtype: DType,
+    ) -> Result<Layer<B>> {
+        Loader { backend, config, checkpoint, all_units: units, units: &units[..1], dtype }.layer(0)
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// Bytes of its matrices.
+    pub(crate) fn bytes(&self, backend: &B) -> usize {
+        let matrices = [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().flatten();
+        matrices.map(|matrix| backend.matrix_bytes(matrix)).sum()
     }
 }
 

@@ -37,6 +37,10 @@ pub struct WorkerConfig {
     pub options: ModelOptions,
     /// What it computes on.
     pub device: Device,
+    /// Label of the fast domain that it is in: ranks of a group are of one zone.
+    pub zone: String,
+    /// Bytes that its share may take, where it may not have all that is free.
+    pub memory: Option<u64>,
     /// How long a coordinator may be out of reach.
     pub join_timeout: Duration,
 }

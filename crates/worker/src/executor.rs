@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc as blocking;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use cluster::Assignment;
 use comm::AbortHandle;
@@ -13,12 +14,13 @@ use tokio::sync::mpsc;
 use tracing::debug_span;
 
 use crate::load::Load;
+use crate::vitals::Vitals;
 
 /// What the thread tells; its channel ends when the thread does.
 #[derive(Debug)]
 pub(crate) enum Progress {
     /// Weights are loaded and the collective has formed.
-    Ready { kv_blocks: usize, weight_bytes: u64 },
+    Ready { kv_blocks: usize, weight_bytes: u64, connecting: Duration, loading: Duration },
     /// A step was run; its output where this rank samples.
     Ran(Option<StepOutput>),
     /// The share could not be loaded.
@@ -48,9 +50,14 @@ impl Drop for AbortOnDrop {
 
 impl ExecutorThread {
     /// Starts the thread, which begins to load.
-    pub(crate) fn start<L: Load>(load: Arc<L>, assignment: Assignment) -> io::Result<Self> {
+    pub(crate) fn start<L: Load>(
+        load: Arc<L>,
+        assignment: Assignment,
+        vitals: Arc<Vitals>,
+    ) -> io::Result<Self> {
         let abort = AbortHandle::default();
-        let (plans, inbox) = blocking::channel();
+        vitals.load(assignment.epoch, abort.clone());
+        let (plans, inbox) = blocking::channel::<StepPlan>();
         let (sender, progress) = mpsc::unbounded_channel();
         let raised = abort.clone();
         let thread = std::thread::Builder::new().name("executor".into()).spawn(move || {
@@ -58,16 +65,33 @@ impl ExecutorThread {
             let tell = |progress| {
                 let _ = sender.send(progress);
             };
-            let mut executor = match load.load(&assignment, raised.clone()) {
+            let begun = Instant::now();
+            let transport = match load.connect(&assignment, raised.clone()) {
+                Ok(transport) => transport,
+                Err(error) => return tell(Progress::LoadFailed(error)),
+            };
+            let connecting = begun.elapsed();
+            let mut executor = match load.load(&assignment, transport) {
                 Ok(executor) => executor,
                 Err(error) => return tell(Progress::LoadFailed(error)),
             };
-            tell(Progress::Ready { kv_blocks: executor.kv_blocks(), weight_bytes: executor.weight_bytes() });
+            let (kv_blocks, weight_bytes) = (executor.kv_blocks(), executor.weight_bytes());
+            vitals.rest();
+            tell(Progress::Ready {
+                kv_blocks,
+                weight_bytes,
+                connecting,
+                loading: begun.elapsed() - connecting,
+            });
             while let Ok(plan) = inbox.recv()
                 && !raised.is_aborted()
             {
+                vitals.compute(plan.step);
                 match step(&mut executor, &plan) {
-                    Ok(output) => tell(Progress::Ran(output)),
+                    Ok(output) => {
+                        vitals.rest();
+                        tell(Progress::Ran(output));
+                    }
                     Err(error) => return tell(Progress::StepFailed(error)),
                 }
             }

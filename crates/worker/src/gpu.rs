@@ -24,7 +24,7 @@ mod built_in {
     use cluster::Assignment;
     use comm::cuda::StagedCollective;
     use comm::{AbortHandle, TcpTransport};
-    use kernels::{Backend, Cuda};
+    use kernels::Cuda;
     use model::ModelExecutor;
     use tracing::{info, warn};
 
@@ -51,18 +51,26 @@ mod built_in {
         if let Some(warning) = gpu.warning() {
             warn!("{warning}");
         }
-        let site = Site::open(&config, gpu.path())?;
+        let site = Site::open(&config, &gpu)?;
         drop(gpu);
         let identity = identity(config, &site);
         serve_until(&identity, CudaLoad { site, options }, shutdown).await
     }
 
     impl Load for CudaLoad {
+        type Transport = TcpTransport;
         type Executor = ModelExecutor<Cuda, StagedCollective<TcpTransport>>;
 
-        fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
+        fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
+            self.site.form(assignment, abort)
+        }
+
+        fn load(
+            &self,
+            assignment: &Assignment,
+            transport: TcpTransport,
+        ) -> Result<Self::Executor, model::Error> {
             let ranges = ranges(assignment);
-            let transport = self.site.form(assignment, abort)?;
             let gpu = Cuda::open(self.options.clone())?;
             let collective = StagedCollective::new(&gpu, transport, ranges.clone())?;
             let mut executor = self.site.source.executor(gpu, &ranges, collective)?;

@@ -1,5 +1,6 @@
 //! Joining a coordinator: connect, prove, be welcomed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use auth::{Nonce, Secret};
@@ -7,10 +8,10 @@ use cluster::proof::nonce;
 use cluster::proto::cluster_client::ClusterClient;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
-use cluster::proto::{CoordinatorMessage, Heartbeat, Hello, WorkerMessage};
+use cluster::proto::{CoordinatorMessage, Hello, WorkerMessage};
 use cluster::{
-    COORDINATOR_MESSAGE_LIMIT, HEARTBEAT_INTERVAL, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, ModelReport,
-    PROTOCOL, Session, WorkerId,
+    COORDINATOR_MESSAGE_LIMIT, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, ModelReport, PROTOCOL, Resources,
+    Session, WorkerId,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -20,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::debug;
 
 use crate::WorkerError;
+use crate::vitals::Vitals;
 
 /// One try, from connecting to being welcomed.
 const TRY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,6 +31,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const STREAM_WINDOW: u32 = 4 << 20;
 /// Messages on their way up.
 const BUFFERED: usize = 16;
+/// A heartbeat more often than this says nothing new.
+const SHORTEST_BEAT: Duration = Duration::from_millis(10);
 
 /// Who wants to join, and where.
 #[derive(Debug)]
@@ -38,6 +42,7 @@ pub(crate) struct Identity {
     pub(crate) collective_address: String,
     pub(crate) host: String,
     pub(crate) report: ModelReport,
+    pub(crate) resources: Resources,
     pub(crate) join_timeout: Duration,
 }
 
@@ -49,6 +54,8 @@ pub(crate) struct Joined {
     pub(crate) service: ClusterClient<Channel>,
     pub(crate) up: mpsc::Sender<WorkerMessage>,
     pub(crate) down: Streaming<CoordinatorMessage>,
+    /// What heartbeats tell of.
+    pub(crate) vitals: Arc<Vitals>,
 }
 
 /// How a try ended without being welcomed.
@@ -123,6 +130,7 @@ async fn attempt(endpoint: &Endpoint, identity: &Identity) -> Result<Joined, Fai
         collective_address: identity.collective_address.clone(),
         host: identity.host.clone(),
         model: Some(identity.report.clone().into()),
+        resources: Some(identity.resources.clone().into()),
     };
     send(&up, Up::Hello(hello)).await;
     let mut down = service.join(ReceiverStream::new(messages)).await?.into_inner();
@@ -135,19 +143,21 @@ async fn attempt(endpoint: &Endpoint, identity: &Identity) -> Result<Joined, Fai
     }
     send(&up, Up::Proof(session.worker_proof())).await;
     let Down::Welcome(welcome) = receive(&mut down).await? else { return Err(unexpected("welcome")) };
-    tokio::spawn(beat(up.downgrade()));
-    Ok(Joined { worker: WorkerId(welcome.worker_id), session, service, up, down })
+    let vitals = Arc::new(Vitals::default());
+    let every = Duration::from_millis(welcome.heartbeat_millis.into()).max(SHORTEST_BEAT);
+    tokio::spawn(beat(up.downgrade(), every, vitals.clone()));
+    Ok(Joined { worker: WorkerId(welcome.worker_id), session, service, up, down, vitals })
 }
 
-/// Says that this worker lives, for as long as somebody else holds the sender.
-async fn beat(up: mpsc::WeakSender<WorkerMessage>) {
-    let mut beats = interval(HEARTBEAT_INTERVAL);
+/// Says that this worker lives and how far it is, for as long as somebody else holds the sender.
+async fn beat(up: mpsc::WeakSender<WorkerMessage>, every: Duration, vitals: Arc<Vitals>) {
+    let mut beats = interval(every);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         beats.tick().await;
         let Some(up) = up.upgrade() else { return };
         // If the channel is full, there are messages that say the same.
-        let _ = up.try_send(WorkerMessage { message: Some(Up::Heartbeat(Heartbeat {})) });
+        let _ = up.try_send(WorkerMessage { message: Some(Up::Heartbeat(vitals.progress().into())) });
     }
 }
 

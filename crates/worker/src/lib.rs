@@ -11,6 +11,7 @@ mod gpu;
 mod join;
 mod load;
 mod session;
+mod vitals;
 
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Backend, Cpu};
+use kernels::Cpu;
 use tracing::{info, warn};
 
 pub use config::{Device, WorkerConfig};
@@ -38,7 +39,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
     match config.device.clone() {
         Device::Cpu { threads } => {
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
-            let site = Site::open(&config, backend.path())?;
+            let site = Site::open(&config, &backend)?;
             let identity = identity(config, &site);
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
         }
@@ -53,6 +54,7 @@ fn identity(config: WorkerConfig, site: &Site) -> Identity {
         collective_address: site.address.clone(),
         host: config.advertised_host,
         report: site.report.clone(),
+        resources: site.resources.clone(),
         join_timeout: config.join_timeout,
     }
 }

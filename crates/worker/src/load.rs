@@ -1,26 +1,34 @@
-//! What turns an assignment into an executor: collective first, then weights.
+//! What turns an assignment into an executor: connections first, then weights.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use auth::Secret;
-use cluster::{Assignment, ModelReport};
+use cluster::{Assignment, MemoryNeeds, ModelReport, Resources};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, TcpTransport};
-use kernels::Cpu;
+use kernels::{Backend, Cpu};
 use model::{Executor, ModelExecutor, ModelSource};
 
-use crate::{WorkerConfig, WorkerError};
+use crate::{Device, WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
 const FORM_LIMIT: Duration = Duration::from_secs(60);
 
 /// Builds executors. It goes to the executor thread; what it builds never leaves that.
 pub(crate) trait Load: Send + Sync + 'static {
+    /// The connections with the other ranks.
+    type Transport;
     /// What it builds.
     type Executor: Executor;
 
-    /// Connects with the other ranks and loads this rank's share. Blocks; `abort` frees it from waiting for others.
-    fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error>;
+    /// Connects with the other ranks. Blocks; `abort` frees this and all later waits for others.
+    fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Transport, model::Error>;
+    /// Loads this rank's share.
+    fn load(
+        &self,
+        assignment: &Assignment,
+        transport: Self::Transport,
+    ) -> Result<Self::Executor, model::Error>;
 }
 
 /// A checkpoint and the port of this worker's collectives: what a worker has before it is given a share.
@@ -30,6 +38,8 @@ pub(crate) struct Site {
     secret: Secret,
     /// What it serves.
     pub(crate) report: ModelReport,
+    /// What it brings.
+    pub(crate) resources: Resources,
     /// Where its collectives are reached.
     pub(crate) address: String,
 }
@@ -41,12 +51,14 @@ pub(crate) struct CpuLoad {
 }
 
 impl Site {
-    /// Opens the checkpoint and the listener: whatever is wrong with them shows before anybody is connected. `path` is the
-    /// backend's instruction path.
-    pub(crate) fn open(config: &WorkerConfig, path: &str) -> Result<Self, WorkerError> {
+    /// Opens the checkpoint and the listener: whatever is wrong with them shows before anybody is connected. `backend` is like the
+    /// one that will run steps.
+    pub(crate) fn open(config: &WorkerConfig, backend: &impl Backend) -> Result<Self, WorkerError> {
         let source = ModelSource::open(&config.model, config.options.clone()).map_err(WorkerError::Model)?;
         let model::Report { name, vocabulary, max_context, units, block_size, eos, fingerprint } =
-            source.report(path);
+            source.report(backend.path());
+        let needs = needs(&source, backend).map_err(WorkerError::Model)?;
+        let resources = resources(config, backend).map_err(WorkerError::Device)?;
         let listener = Listener::bind(config.listen)
             .map_err(|source| WorkerError::Listen { address: config.listen, source })?;
         let (host, port) = (&config.advertised_host, listener.address().port());
@@ -54,7 +66,8 @@ impl Site {
             source,
             listener,
             secret: config.secret.clone(),
-            report: ModelReport { name, vocabulary, max_context, units, block_size, eos, fingerprint },
+            report: ModelReport { name, vocabulary, max_context, units, block_size, eos, fingerprint, needs },
+            resources,
             address: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
         })
     }
@@ -77,17 +90,41 @@ impl Site {
     }
 }
 
+fn needs(source: &ModelSource, backend: &impl Backend) -> Result<MemoryNeeds, model::Error> {
+    let model::MemoryNeeds { layers, layer_unit, embedding_unit, head_unit, activation_unit, rank, kv_token } =
+        source.needs(backend)?;
+    Ok(MemoryNeeds { layers, layer_unit, embedding_unit, head_unit, activation_unit, rank, kv_token })
+}
+
+fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources, kernels::Error> {
+    let available = backend.memory_budget()?;
+    let memory = config.memory.map_or(available, |limit| limit.min(available));
+    let kv_memory = match config.options.kv_memory {
+        Some(bytes) => bytes,
+        None => backend.kv_budget()?.min(memory),
+    };
+    let device = match config.device {
+        Device::Cpu { .. } => "cpu",
+        Device::Cuda(_) => "cuda",
+    };
+    Ok(Resources { zone: config.zone.clone(), device: device.into(), memory, kv_memory })
+}
+
 /// The units of every rank.
 pub(crate) fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
     assignment.members.iter().map(|member| member.units.clone()).collect()
 }
 
 impl Load for CpuLoad {
+    type Transport = TcpTransport;
     type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
 
-    fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
+    fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
+        self.site.form(assignment, abort)
+    }
+
+    fn load(&self, assignment: &Assignment, transport: TcpTransport) -> Result<Self::Executor, model::Error> {
         let ranges = ranges(assignment);
-        let transport = self.site.form(assignment, abort)?;
         let collective = MeshCollective::new(transport, ranges.clone())?;
         self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)
     }

@@ -161,19 +161,24 @@ impl<L: Load> Membership<L> {
         self.latest = epoch;
         let (rank, width) = (assignment.rank, assignment.members.len());
         info!(%epoch, rank, width, units = ?assignment.members[rank].units, "assigned");
-        match ExecutorThread::start(self.load.clone(), assignment) {
+        match ExecutorThread::start(self.load.clone(), assignment, self.joined.vitals.clone()) {
             Ok(thread) => self.rank = Some(Rank { epoch, thread, steps: None }),
-            Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}")).await,
+            Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}"), None).await,
         }
     }
 
     /// News of the executor thread.
     async fn report(&mut self, epoch: Epoch, progress: Option<Progress>) -> Result<(), End> {
         match progress {
-            Some(Progress::Ready { kv_blocks, weight_bytes }) => {
-                info!(%epoch, kv_blocks, weight_bytes, "loaded");
-                let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
-                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes };
+            Some(Progress::Ready { kv_blocks, weight_bytes, connecting, loading }) => {
+                info!(%epoch, kv_blocks, weight_bytes, ?connecting, ?loading, "loaded");
+                let ready = Ready {
+                    epoch: Some(epoch.into()),
+                    kv_blocks: u32::try_from(kv_blocks).unwrap_or(u32::MAX),
+                    weight_bytes,
+                    connect_micros: micros(connecting),
+                    load_micros: micros(loading),
+                };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;
             }
@@ -187,15 +192,17 @@ impl<L: Load> Membership<L> {
                 }
             }
             Some(Progress::LoadFailed(error)) => {
-                self.fail(epoch, &error.to_string()).await;
+                self.fail(epoch, &error.to_string(), at_rank(&error)).await;
                 // Another rank's trouble passes; a share that does not load now does not load later.
                 if !matches!(error, model::Error::Collective(_)) {
                     self.farewell().await;
                     return Err(End::Final(WorkerError::Load(error)));
                 }
             }
-            Some(Progress::StepFailed(error)) => self.fail(epoch, &error.to_string()).await,
-            None => self.fail(epoch, "the executor thread panicked").await,
+            Some(Progress::StepFailed(error)) => {
+                self.fail(epoch, &error.to_string(), at_rank(&error)).await;
+            }
+            None => self.fail(epoch, "the executor thread panicked", None).await,
         }
         Ok(())
     }
@@ -220,7 +227,7 @@ impl<L: Load> Membership<L> {
             // The group was lost meanwhile: the Join stream says so.
             Err(status) if status.code() == Code::FailedPrecondition => {}
             Err(status) => {
-                self.fail(epoch, &format!("cannot open the Steps stream: {}", status.message())).await
+                self.fail(epoch, &format!("cannot open the Steps stream: {}", status.message()), None).await
             }
         }
     }
@@ -240,7 +247,7 @@ impl<L: Load> Membership<L> {
         match decoded {
             Ok(plan) if plan.epoch == epoch => rank.thread.run(plan),
             Ok(plan) => debug!(epoch = %plan.epoch, "dropped a plan of another epoch"),
-            Err(reason) => self.fail(epoch, &reason).await,
+            Err(reason) => self.fail(epoch, &reason, None).await,
         }
     }
 
@@ -248,6 +255,7 @@ impl<L: Load> Membership<L> {
     async fn leave_group(&mut self) {
         if let Some(rank) = self.rank.take() {
             rank.thread.stop().await;
+            self.joined.vitals.leave();
         }
     }
 
@@ -255,12 +263,12 @@ impl<L: Load> Membership<L> {
         End::Again { reason: format!("lost the coordinator: {reason}"), served: self.served }
     }
 
-    /// Tells the coordinator that this worker cannot do its part. If that is news it ends this membership; if the group
-    /// was lost anyway, it has an assignment to come.
-    async fn fail(&mut self, epoch: Epoch, reason: &str) {
+    /// Tells the coordinator that this worker cannot do its part, for its own sake or because of the rank `at_rank`. In the latter
+    /// case, or if the group was lost anyway, it has an assignment to come; else this membership ends.
+    async fn fail(&mut self, epoch: Epoch, reason: &str, at_rank: Option<u32>) {
         warn!(%epoch, reason, "failed");
         let reason = reason.chars().take(REASON_CHARS).collect();
-        send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason })).await;
+        send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_rank })).await;
         self.leave_group().await;
     }
 
@@ -271,4 +279,19 @@ impl<L: Load> Membership<L> {
             debug!("the coordinator did not take note in time");
         }
     }
+}
+
+/// The other rank to which a failure is due.
+fn at_rank(error: &model::Error) -> Option<u32> {
+    use comm::Error::{Lost, Protocol, Refused};
+    match error {
+        model::Error::Collective(Lost { rank, .. } | Refused { rank, .. } | Protocol { rank, .. }) => {
+            u32::try_from(*rank).ok()
+        }
+        _ => None,
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -12,7 +12,10 @@ use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
     Challenge, CoordinatorMessage, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
 };
-use cluster::{Assignment, Member, ModelReport, PROTOCOL, Session, WorkerId, encode_plan};
+use cluster::{
+    Activity, Assignment, Member, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
+    encode_plan,
+};
 use comm::AbortHandle;
 use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
 use model::Executor;
@@ -25,6 +28,9 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::join::Identity;
 use crate::load::Load;
 use crate::{WorkerError, serve};
+
+/// How often a heartbeat is asked for.
+const BEAT_MILLIS: u32 = 20;
 
 /// Loads nothing; one instance may exist at a time.
 #[derive(Default)]
@@ -43,7 +49,12 @@ struct FakeExecutor {
 }
 
 impl Load for FakeLoad {
+    type Transport = AbortHandle;
     type Executor = FakeExecutor;
+
+    fn connect(&self, _: &Assignment, abort: AbortHandle) -> Result<AbortHandle, model::Error> {
+        Ok(abort)
+    }
 
     fn load(&self, _: &Assignment, abort: AbortHandle) -> Result<FakeExecutor, model::Error> {
         if let Some(error) = self.failures.lock().unwrap().pop() {
@@ -169,7 +180,7 @@ impl Scene {
         let (mut wire, session) = self.challenge(&secret).await;
         let Up::Proof(proof) = wire.hear().await else { panic!("no proof") };
         assert!(session.verify_worker(&proof));
-        wire.say(Down::Welcome(Welcome { worker_id: 5 })).await;
+        wire.say(Down::Welcome(Welcome { worker_id: 5, heartbeat_millis: BEAT_MILLIS })).await;
         (wire, session)
     }
 
@@ -199,6 +210,19 @@ impl JoinWire {
         }
     }
 
+    /// Waits for a heartbeat that `wanted` agrees with.
+    async fn beat(&mut self, wanted: impl Fn(&Progress) -> bool) -> Progress {
+        loop {
+            let message = self.up.message().await.expect("no status").expect("a message").message;
+            if let Some(Up::Heartbeat(heartbeat)) = message {
+                let progress = Progress::from(heartbeat);
+                if wanted(&progress) {
+                    return progress;
+                }
+            }
+        }
+    }
+
     async fn say(&self, message: Down) {
         self.down.send(Ok(CoordinatorMessage { message: Some(message) })).await.expect("the worker listens");
     }
@@ -210,8 +234,9 @@ impl JoinWire {
     }
 
     async fn ready(&mut self, counter: u64) {
-        let ready = Ready { epoch: Some(epoch(counter).into()), kv_blocks: 17, weight_bytes: 1 << 40 };
-        assert_eq!(self.hear().await, Up::Ready(ready));
+        let Up::Ready(ready) = self.hear().await else { panic!("it is not ready") };
+        let Ready { epoch: of, kv_blocks, weight_bytes, .. } = ready;
+        assert_eq!((of, kv_blocks, weight_bytes), (Some(epoch(counter).into()), 17, 1 << 40));
     }
 }
 
@@ -236,7 +261,9 @@ fn identity(coordinator: &str, secret: &Secret) -> Identity {
             block_size: 16,
             eos: vec![],
             fingerprint: "fake".into(),
+            needs: MemoryNeeds { layers: 1, ..MemoryNeeds::default() },
         },
+        resources: Resources { zone: "here".into(), device: "cpu".into(), memory: 1, kv_memory: 1 },
         join_timeout: Duration::from_secs(10),
     }
 }
@@ -285,6 +312,36 @@ async fn an_abandoned_group_is_left_before_the_next_begins() {
         // An epoch that is over does not begin again.
         wire.assign(counter).await;
     }
+}
+
+#[tokio::test]
+async fn heartbeats_go_on_and_tell_what_a_stuck_thread_does() {
+    let mut scene = Scene::start(FakeLoad { stuck: true, ..FakeLoad::default() }).await;
+    let (mut wire, session) = scene.welcome().await;
+    assert_eq!(wire.beat(|_| true).await, Progress::default());
+    wire.assign(1).await;
+    let idle = Progress { epoch: Some(epoch(1)), ..Progress::default() };
+    assert_eq!(
+        wire.beat(|progress| progress.epoch.is_some() && progress.activity == Activity::Idle).await,
+        idle
+    );
+    let steps = scene.attached(&session, 1).await;
+    steps.plan(1, 7).await;
+    let computing = Progress { step: Some(StepId(7)), activity: Activity::Computing, ..idle };
+    assert_eq!(wire.beat(|progress| progress.activity == Activity::Computing).await, computing);
+    wire.say(Down::Abandon(epoch(1).into())).await;
+    assert_eq!(wire.beat(|progress| progress.epoch.is_none()).await, Progress::default());
+}
+
+#[tokio::test]
+async fn a_failure_names_the_rank_that_it_is_due_to() {
+    let lost = comm::Error::Lost { rank: 3, source: std::io::ErrorKind::ConnectionReset.into() };
+    let failures = Mutex::new(vec![model::Error::Collective(lost)]);
+    let mut scene = Scene::start(FakeLoad { failures, ..FakeLoad::default() }).await;
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign(1).await;
+    let Up::Failed(failed) = wire.hear().await else { panic!("it did not fail") };
+    assert_eq!(failed.at_rank, Some(3));
 }
 
 #[tokio::test]

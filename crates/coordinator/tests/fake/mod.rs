@@ -9,10 +9,12 @@ use cluster::proto::cluster_client::ClusterClient;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
-    Attach, CoordinatorMessage, Failed, Heartbeat, Hello, Ready, StepFrame, StepReply, WorkerMessage,
-    step_reply,
+    Attach, CoordinatorMessage, Failed, Hello, Ready, StepFrame, StepReply, WorkerMessage, step_reply,
 };
-use cluster::{Assignment, ModelReport, PROTOCOL, Session, WorkerId, decode_plan};
+use cluster::{
+    Activity, Assignment, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
+    decode_plan,
+};
 use engine::{Epoch, SampledToken, SeqSlice, StepOutput, StepPlan};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -33,7 +35,12 @@ pub(crate) fn report() -> ModelReport {
         block_size: BLOCK_SIZE,
         eos: vec![],
         fingerprint: "fake-f32".into(),
+        needs: MemoryNeeds { layers: 1, ..MemoryNeeds::default() },
     }
+}
+
+fn resources() -> Resources {
+    Resources { zone: String::new(), device: "cpu".into(), memory: 1 << 30, kv_memory: 1 << 30 }
 }
 
 /// The token that follows `prefix`.
@@ -64,6 +71,10 @@ pub(crate) struct Fake {
     pub(crate) load_failure: Option<String>,
     /// In the first epoch, steps from this one on are not answered.
     pub(crate) hold_from: Option<u64>,
+    /// In the first epoch, it hangs in this step and all later ones; other ranks wait for it.
+    pub(crate) hangs: Option<(usize, u64)>,
+    /// In the first epoch, it says at this step that it lost that rank.
+    pub(crate) accuses: Option<(u64, u32)>,
     /// Added to every sampled id.
     pub(crate) distort: u32,
     /// Told of every plan.
@@ -89,6 +100,7 @@ struct Member {
     down: Streaming<CoordinatorMessage>,
     steps: Option<(mpsc::Sender<StepReply>, Streaming<StepFrame>)>,
     rank: usize,
+    progress: Progress,
     /// Token ids by block and offset.
     kv: HashMap<(u32, u32), u32>,
 }
@@ -104,6 +116,8 @@ impl Fake {
             stale_outputs: false,
             load_failure: None,
             hold_from: None,
+            hangs: None,
+            accuses: None,
             distort: 0,
             plans: None,
         }
@@ -131,6 +145,7 @@ impl Fake {
             collective_address: self.address.clone(),
             host: "here".into(),
             model: Some(self.report.clone().into()),
+            resources: Some(resources().into()),
         };
         send(&up, Up::Hello(hello)).await;
         let mut down = service.join(ReceiverStream::new(messages)).await?.into_inner();
@@ -140,13 +155,14 @@ impl Fake {
         send(&up, Up::Proof(session.worker_proof())).await;
         let Down::Welcome(welcome) = receive(&mut down).await? else { panic!("no welcome") };
         let id = WorkerId(welcome.worker_id);
-        Ok(Member { fake: self, id, session, service, up, down, steps: None, rank: 0, kv: HashMap::new() })
+        let (progress, kv) = (Progress::default(), HashMap::new());
+        Ok(Member { fake: self, id, session, service, up, down, steps: None, rank: 0, progress, kv })
     }
 }
 
 impl Member {
     async fn serve(mut self) -> Result<(), Status> {
-        let mut beats = tokio::time::interval(Duration::from_millis(500));
+        let mut beats = tokio::time::interval(Duration::from_millis(50));
         loop {
             let steps = &mut self.steps;
             let frame = async {
@@ -162,7 +178,7 @@ impl Member {
                     None => self.steps = None,
                 },
                 _ = beats.tick(), if self.fake.heartbeats => {
-                    send(&self.up, Up::Heartbeat(Heartbeat {})).await;
+                    send(&self.up, Up::Heartbeat(self.progress.into())).await;
                 }
             }
         }
@@ -170,15 +186,24 @@ impl Member {
 
     async fn obey(&mut self, message: Down) -> Result<(), Status> {
         self.steps = None;
+        self.progress = Progress::default();
         let Down::Assignment(assignment) = message else { return Ok(()) };
         let Assignment { epoch, rank, .. } = Assignment::try_from(assignment).expect("an assignment");
         if let Some(reason) = self.fake.load_failure.clone() {
-            send(&self.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason })).await;
+            send(&self.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_rank: None })).await;
             return Ok(());
         }
         self.rank = rank;
         self.kv.clear();
-        send(&self.up, Up::Ready(Ready { epoch: Some(epoch.into()), kv_blocks: 100, weight_bytes: 1 })).await;
+        self.progress.epoch = Some(epoch);
+        let ready = Ready {
+            epoch: Some(epoch.into()),
+            kv_blocks: 100,
+            weight_bytes: 1,
+            connect_micros: 1000,
+            load_micros: 2000,
+        };
+        send(&self.up, Up::Ready(ready)).await;
         let (outputs, replies) = mpsc::channel(4);
         let proof = self.session.attach_proof(self.id, epoch);
         let attach = Attach { worker_id: self.id.0, epoch: Some(epoch.into()), proof };
@@ -195,6 +220,10 @@ impl Member {
         if let Some(plans) = &self.fake.plans {
             plans.send(plan.clone()).expect("the test listens");
         }
+        if plan.epoch.counter == 1 && self.hang_or_accuse(&plan).await {
+            return;
+        }
+        self.progress.step = Some(plan.step);
         let tokens: Vec<_> = plan.slices.iter().filter_map(|slice| self.run(slice)).collect();
         let held = self.fake.hold_from.is_some_and(|step| plan.epoch.counter == 1 && plan.step.0 >= step);
         let (0, false, Some((outputs, _))) = (self.rank, held, &self.steps) else { return };
@@ -206,6 +235,26 @@ impl Member {
         }
         let output = StepOutput { epoch: plan.epoch, step: plan.step, tokens };
         reply(outputs, step_reply::Message::Output(output.into())).await;
+    }
+
+    /// Whether the step goes no further than this.
+    async fn hang_or_accuse(&mut self, plan: &StepPlan) -> bool {
+        if let Some((step, rank)) = self.fake.accuses
+            && plan.step.0 == step
+        {
+            let reason = format!("lost rank {rank}");
+            let failed = Failed { epoch: Some(plan.epoch.into()), reason, at_rank: Some(rank) };
+            send(&self.up, Up::Failed(failed)).await;
+            return true;
+        }
+        let Some((culprit, step)) = self.fake.hangs.filter(|(_, step)| plan.step.0 >= *step) else {
+            return false;
+        };
+        debug_assert!(plan.step.0 == step, "no step follows");
+        self.progress.step = Some(plan.step);
+        self.progress.activity = Activity::Computing;
+        self.progress.waits_for = (self.rank != culprit).then_some(culprit);
+        true
     }
 
     /// Writes a slice into the blocks, and hashes everything up to its end.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use cluster::proto::generate_response::Event;
 use cluster::proto::generation_client::GenerationClient;
-use cluster::proto::{Finished, GenerateRequest, GenerateResponse, Started, Token};
+use cluster::proto::{ClusterStatus, Finished, GenerateRequest, GenerateResponse, Started, Token};
 use coordinator::{Engine, EngineError, EngineEvent, ModelInfo, Submission};
 use engine::{FinishReason, Request, Usage};
 use gateway::{ServeError, Tokenizer};
@@ -26,6 +26,15 @@ struct FakeEngine {
 impl Engine for FakeEngine {
     fn model(&self) -> Result<ModelInfo, EngineError> {
         self.model.lock().unwrap().clone()
+    }
+
+    fn health(&self) -> Result<(), EngineError> {
+        self.model().map(drop)
+    }
+
+    async fn status(&self) -> Result<ClusterStatus, EngineError> {
+        let model = self.model()?;
+        Ok(ClusterStatus { serving: true, state: model.name, ..ClusterStatus::default() })
     }
 
     async fn submit(&self, request: Request) -> Result<Submission, EngineError> {

@@ -1,0 +1,283 @@
+//! `phalanx status`: how a running cluster stands.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use clap::Args;
+use client::{Client, ClusterStatus, GroupStatus, Incident, WorkerStatus};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::signals::Signals;
+
+/// From one look to the next.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Clears a terminal.
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// The server's address, the one that clients use
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070")]
+    server: String,
+    /// Go on until Ctrl-C, once a second
+    #[arg(long)]
+    watch: bool,
+    /// Print JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+impl StatusArgs {
+    pub(crate) async fn run(self) -> Result<()> {
+        let mut signals = Signals::listen()?;
+        let client = Client::connect(&self.server).await?;
+        if !self.watch {
+            return self.print(&client.status().await?);
+        }
+        let mut statuses = std::pin::pin!(client.watch_status(INTERVAL).await?);
+        loop {
+            tokio::select! {
+                biased;
+                () = signals.shutdown() => return Ok(()),
+                status = statuses.next() => match status {
+                    Some(status) => self.print(&status?)?,
+                    None => return Ok(()),
+                }
+            }
+        }
+    }
+
+    fn print(&self, status: &ClusterStatus) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            writeln!(out, "{}", to_json(status))?;
+        } else if self.watch && out.is_terminal() {
+            write!(out, "{CLEAR}{}", text(status, SystemTime::now()))?;
+        } else if self.watch {
+            writeln!(out, "{}", text(status, SystemTime::now()))?;
+        } else {
+            write!(out, "{}", text(status, SystemTime::now()))?;
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// For people. Writing to a string does not fail.
+fn text(status: &ClusterStatus, now: SystemTime) -> String {
+    let mut out = format!("{}: {} running, {} waiting\n", status.state, status.running, status.waiting);
+    for group in &status.groups {
+        let _ = writeln!(
+            out,
+            "\ngroup {}  epoch {}.{}  {}  {}",
+            group.number, group.term, group.counter, group.model, group.fingerprint
+        );
+        let _ = writeln!(
+            out,
+            "  {:.1} tokens/s, {:.1} rows/s, KV {} of {} blocks of {} tokens",
+            group.tokens_per_second,
+            group.rows_per_second,
+            group.kv_blocks_used,
+            group.kv_blocks,
+            group.kv_block_tokens
+        );
+        for rank in &group.ranks {
+            let units = format!("units {}..{}", rank.first_unit, rank.end_unit);
+            let worker = rank.worker.as_ref().map_or_else(String::new, describe);
+            let _ = writeln!(out, "  stage {} rank {:<3} {units:<12} {worker}", rank.stage, rank.rank);
+        }
+    }
+    for spare in &status.spares {
+        let _ = writeln!(out, "spare  {}", describe(spare));
+    }
+    if !status.incidents.is_empty() {
+        let _ = writeln!(out, "\nlast incidents");
+    }
+    for incident in &status.incidents {
+        let _ = writeln!(out, "  {}", history(incident, now));
+    }
+    out
+}
+
+fn describe(worker: &WorkerStatus) -> String {
+    let WorkerStatus { worker: id, address, host, zone, device, memory, activity, heartbeat_millis } = worker;
+    let zone = if zone.is_empty() { String::new() } else { format!(" zone {zone}") };
+    let gib = *memory as f64 / f64::from(1 << 30);
+    format!(
+        "worker {id} at {address} ({host}{zone}, {device}, {gib:.1} GiB): {activity}, heard {heartbeat_millis} ms ago"
+    )
+}
+
+fn history(incident: &Incident, now: SystemTime) -> String {
+    let at = UNIX_EPOCH + Duration::from_millis(incident.at_millis);
+    let ago = now.duration_since(at).unwrap_or_default().as_secs();
+    let loss = |loss: &client::Loss| match (loss.worker, loss.rank) {
+        (Some(worker), Some(rank)) => {
+            format!("rank {rank} (worker {worker} at {}): {}", loss.address, loss.cause)
+        }
+        _ => loss.cause.clone(),
+    };
+    let losses: Vec<_> = incident.losses.iter().map(loss).collect();
+    let after = match incident.ranks_after {
+        0 => "none yet".to_owned(),
+        ranks => format!("{ranks} in epoch {}", incident.counter_after),
+    };
+    let term = |name: &str, micros: Option<u64>| {
+        micros.map_or_else(String::new, |micros| format!(", {name} {:.0} ms", micros as f64 / 1e3))
+    };
+    format!(
+        "{ago} s ago  {}  ranks {} -> {after}  detect {:.0} ms{}{}{}",
+        losses.join("; "),
+        incident.ranks_before,
+        incident.detect_micros as f64 / 1e3,
+        term("form", incident.form_micros),
+        term("load", incident.load_micros),
+        term("recompute", incident.recompute_micros),
+    )
+}
+
+fn to_json(status: &ClusterStatus) -> Value {
+    json!({
+        "serving": status.serving,
+        "state": status.state,
+        "running": status.running,
+        "waiting": status.waiting,
+        "groups": status.groups.iter().map(group_json).collect::<Vec<_>>(),
+        "spares": status.spares.iter().map(worker_json).collect::<Vec<_>>(),
+        "incidents": status.incidents.iter().map(incident_json).collect::<Vec<_>>(),
+    })
+}
+
+fn group_json(group: &GroupStatus) -> Value {
+    let ranks = group.ranks.iter().map(|rank| {
+        json!({
+            "stage": rank.stage,
+            "rank": rank.rank,
+            "layers": [rank.first_layer, rank.end_layer],
+            "units": [rank.first_unit, rank.end_unit],
+            "worker": rank.worker.as_ref().map(worker_json),
+        })
+    });
+    json!({
+        "number": group.number,
+        "model": group.model,
+        "fingerprint": group.fingerprint,
+        "epoch": { "term": group.term, "counter": group.counter },
+        "ranks": ranks.collect::<Vec<_>>(),
+        "kv": { "used": group.kv_blocks_used, "blocks": group.kv_blocks, "block_tokens": group.kv_block_tokens },
+        "tokens_per_second": group.tokens_per_second,
+        "rows_per_second": group.rows_per_second,
+    })
+}
+
+fn worker_json(worker: &WorkerStatus) -> Value {
+    json!({
+        "worker": worker.worker,
+        "address": worker.address,
+        "host": worker.host,
+        "zone": worker.zone,
+        "device": worker.device,
+        "memory": worker.memory,
+        "activity": worker.activity,
+        "heartbeat_ms": worker.heartbeat_millis,
+    })
+}
+
+fn incident_json(incident: &Incident) -> Value {
+    let millis = |micros: u64| micros as f64 / 1e3;
+    let losses = incident.losses.iter().map(|loss| {
+        json!({ "cause": loss.cause, "worker": loss.worker, "rank": loss.rank, "address": loss.address })
+    });
+    json!({
+        "at_ms": incident.at_millis,
+        "losses": losses.collect::<Vec<_>>(),
+        "ranks": [incident.ranks_before, incident.ranks_after],
+        "epochs": [incident.counter_before, incident.counter_after],
+        "detect_ms": millis(incident.detect_micros),
+        "form_ms": incident.form_micros.map(millis),
+        "load_ms": incident.load_micros.map(millis),
+        "recompute_ms": incident.recompute_micros.map(millis),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use client::{Loss, RankStatus};
+
+    fn status() -> ClusterStatus {
+        let worker = WorkerStatus {
+            worker: 3,
+            address: "here:1".into(),
+            host: "here".into(),
+            zone: "a".into(),
+            device: "cpu".into(),
+            memory: 3 << 30,
+            activity: "computing step 7".into(),
+            heartbeat_millis: 12,
+        };
+        let rank =
+            RankStatus { end_unit: 4, end_layer: 5, worker: Some(worker.clone()), ..RankStatus::default() };
+        let group = GroupStatus {
+            model: "yi".into(),
+            term: 9,
+            counter: 2,
+            ranks: vec![rank],
+            kv_blocks_used: 3,
+            kv_blocks: 10,
+            kv_block_tokens: 64,
+            tokens_per_second: 12.34,
+            ..GroupStatus::default()
+        };
+        let loss =
+            Loss { cause: "no heartbeat".into(), worker: Some(2), rank: Some(1), address: "there:1".into() };
+        let incident = Incident {
+            at_millis: 1000,
+            losses: vec![loss],
+            ranks_before: 2,
+            ranks_after: 1,
+            counter_before: 1,
+            counter_after: 2,
+            detect_micros: 40_000,
+            form_micros: Some(5000),
+            load_micros: Some(70_000),
+            recompute_micros: None,
+        };
+        ClusterStatus {
+            serving: true,
+            state: "serving yi on 1 ranks".into(),
+            groups: vec![group],
+            spares: vec![worker],
+            running: 4,
+            waiting: 1,
+            incidents: vec![incident],
+        }
+    }
+
+    #[test]
+    fn people_read_everything() {
+        let text = text(&status(), UNIX_EPOCH + Duration::from_secs(6));
+        for line in [
+            "serving yi on 1 ranks: 4 running, 1 waiting",
+            "12.3 tokens/s, 0.0 rows/s, KV 3 of 10 blocks of 64 tokens",
+            "stage 0 rank 0   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.0 GiB): computing step 7, heard 12 ms ago",
+            "spare  worker 3 at here:1",
+            "5 s ago  rank 1 (worker 2 at there:1): no heartbeat  ranks 2 -> 1 in epoch 2  detect 40 ms, form 5 ms, load 70 ms\n",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn programs_read_everything() {
+        let json = to_json(&status());
+        assert_eq!(json["groups"][0]["ranks"][0]["worker"]["address"], "here:1");
+        assert_eq!(json["groups"][0]["ranks"][0]["units"], json!([0, 4]));
+        assert_eq!(json["spares"][0]["worker"], 3);
+        assert_eq!(json["incidents"][0]["load_ms"], 70.0);
+        assert_eq!(json["incidents"][0]["recompute_ms"], Value::Null);
+        assert_eq!(json["incidents"][0]["losses"][0]["rank"], 1);
+    }
+}

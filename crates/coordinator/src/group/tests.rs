@@ -1,0 +1,217 @@
+//! A group through joins, losses and changes.
+
+use cluster::MemoryNeeds;
+
+use super::*;
+
+fn report() -> ModelReport {
+    ModelReport {
+        name: "yi".into(),
+        vocabulary: 100,
+        max_context: 64,
+        units: 4,
+        block_size: 16,
+        eos: vec![2],
+        fingerprint: "a".into(),
+        needs: MemoryNeeds { layers: 1, ..MemoryNeeds::default() },
+    }
+}
+
+fn policy(shape: Shape) -> Policy {
+    Policy { shape, replicas: 1, context: None }
+}
+
+fn fixed(ranks: usize, min_ranks: usize) -> Policy {
+    policy(Shape::Fixed { stages: 1, ranks, min_ranks })
+}
+
+fn join(group: &mut Group, host: &str) -> WorkerId {
+    try_join(group, host, report()).unwrap()
+}
+
+fn try_join(group: &mut Group, host: &str, report: ModelReport) -> Result<WorkerId, String> {
+    let resources =
+        Resources { zone: String::new(), device: "cpu".into(), memory: 1 << 30, kv_memory: 1 << 30 };
+    group.join(Newcomer { address: format!("{host}:1"), host: host.into(), report, resources })
+}
+
+fn group_of_two() -> (Group, WorkerId, WorkerId) {
+    let mut group = Group::new(fixed(2, 2), 9);
+    let first = join(&mut group, "host1");
+    assert_eq!(group.muster(false), []);
+    assert_eq!(group.state().unwrap().to_string(), "waiting for workers: 1 of 2 joined");
+    let second = join(&mut group, "host2");
+    (group, first, second)
+}
+
+fn epoch(counter: u64) -> Epoch {
+    Epoch { term: 9, counter }
+}
+
+/// The ranks that are given out, in order, with the epoch.
+fn assigned(effects: &[Effect]) -> (Vec<WorkerId>, Option<u64>) {
+    let assignments = effects.iter().filter_map(|effect| match effect {
+        Effect::Assign(worker, assignment) => Some((*worker, assignment)),
+        _ => None,
+    });
+    let (workers, assignments): (Vec<_>, Vec<_>) = assignments.unzip();
+    assert!(
+        assignments.iter().enumerate().all(|(rank, a)| a.rank == rank && a.members.len() == workers.len())
+    );
+    (workers, assignments.first().map(|assignment| assignment.epoch.counter))
+}
+
+/// All members of the epoch that loads come to serve.
+fn serve(group: &mut Group) -> Standing {
+    let (epoch, members) = (group.epoch(), group.members().collect::<Vec<_>>());
+    let mut effects = Vec::new();
+    for (rank, worker) in members.iter().enumerate() {
+        assert_eq!(effects, [], "served before rank {rank} was there");
+        assert!(group.attach(*worker, epoch));
+        effects = group.ready(*worker, epoch, 10 - rank as u32);
+    }
+    let [Effect::Serve(standing)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(group.sampler(), Some((epoch, members[0])));
+    standing.clone()
+}
+
+fn serving() -> (Group, WorkerId, WorkerId) {
+    let (mut group, first, second) = group_of_two();
+    assert_eq!(assigned(&group.muster(false)), (vec![first, second], Some(1)));
+    assert_eq!(group.state(), Some(State::Loading));
+    let standing = serve(&mut group);
+    assert_eq!((standing.epoch, standing.ranks, standing.kv_blocks), (epoch(1), 2, 9));
+    (group, first, second)
+}
+
+fn lost(effects: &[Effect]) -> (u64, Option<(usize, WorkerId)>, &str) {
+    let loss = effects.iter().find_map(|effect| match effect {
+        Effect::Lost(loss) => Some(loss),
+        _ => None,
+    });
+    let loss = loss.expect("a loss");
+    (loss.epoch.counter, loss.member.as_ref().map(|(rank, worker)| (*rank, worker.id)), &loss.cause)
+}
+
+#[test]
+fn a_lost_member_ends_the_epoch_and_a_new_one_begins_the_next() {
+    let (mut group, first, second) = serving();
+    let effects = group.leave(second, "it is gone");
+    assert_eq!(lost(&effects), (1, Some((1, second)), "it is gone"));
+    assert_eq!(effects[1..], [Effect::Abandon(first, epoch(1))]);
+    assert_eq!(group.state(), Some(State::Waiting(Shortage::Workers { joined: 1, wanted: 2 })));
+    let third = join(&mut group, "host2");
+    assert_ne!(third, second);
+    assert_eq!(assigned(&group.muster(false)), (vec![first, third], Some(2)));
+    // What comes late from the epoch before changes nothing.
+    assert_eq!(group.ready(first, epoch(1), 10), []);
+    assert_eq!(group.fail(first, epoch(1), "late", None), []);
+    assert!(!group.attach(first, epoch(1)));
+    assert_eq!(group.state(), Some(State::Loading));
+}
+
+#[test]
+fn a_spare_takes_over_at_once_where_the_lost_rank_was() {
+    let (mut group, first, second) = serving();
+    let spare = join(&mut group, "host3");
+    assert_eq!((group.muster(false), group.could_have()), (vec![], None));
+    let effects = group.fail(first, epoch(1), "a broken step", None);
+    assert_eq!(effects[0], Effect::Dismiss(first, "a broken step".into()));
+    assert_eq!(lost(&effects), (1, Some((0, first)), "a broken step"));
+    assert_eq!(effects[2], Effect::Abandon(second, epoch(1)));
+    assert_eq!(assigned(&effects), (vec![spare, second], Some(2)));
+}
+
+#[test]
+fn the_rank_that_a_failure_is_due_to_is_dismissed() {
+    let (mut group, first, second) = serving();
+    let spare = join(&mut group, "host3");
+    let effects = group.fail(first, epoch(1), "lost rank 1", Some(1));
+    assert_eq!(effects[0], Effect::Dismiss(second, "lost rank 1".into()));
+    assert_eq!(assigned(&effects), (vec![first, spare], Some(2)));
+    // Its own end comes later; so does what the others thought of it.
+    assert_eq!(group.leave(second, "it is gone"), []);
+    assert_eq!(group.fail(first, epoch(1), "late", Some(1)), []);
+    // A rank that does not exist is nobody's fault but the worker's that named it.
+    let effects = group.fail(first, epoch(2), "lost rank 7", Some(7));
+    assert_eq!(effects[0], Effect::Dismiss(first, "lost rank 7".into()));
+}
+
+#[test]
+fn a_group_closes_ranks_and_widens_again_when_it_is_asked_to() {
+    let mut group = Group::new(fixed(3, 1), 9);
+    let workers: Vec<_> = (1..=3).map(|host| join(&mut group, &format!("host{host}"))).collect();
+    group.muster(false);
+    serve(&mut group);
+    let effects = group.leave(workers[1], "it is gone");
+    assert_eq!(assigned(&effects), (vec![workers[0], workers[2]], Some(2)));
+    // Lost again before it served.
+    let effects = group.leave(workers[0], "it is gone too");
+    assert_eq!(lost(&effects), (2, Some((0, workers[0])), "it is gone too"));
+    assert_eq!(assigned(&effects), (vec![workers[2]], Some(3)));
+    let fourth = join(&mut group, "host4");
+    assert_eq!((group.muster(true), group.could_have()), (vec![], None), "not while it loads");
+    serve(&mut group);
+    assert_eq!(group.muster(true), []);
+    assert_eq!(group.could_have(), Some(2));
+    let effects = group.reform("wider".into());
+    assert_eq!(lost(&effects), (3, None, "wider"));
+    assert_eq!(effects[1], Effect::Abandon(workers[2], epoch(3)));
+    assert_eq!(assigned(&effects).1, Some(4));
+    assert!(assigned(&effects).0.contains(&fourth));
+    assert_eq!(serve(&mut group).ranks, 2);
+    assert_eq!(group.could_have(), None);
+}
+
+#[test]
+fn the_first_group_waits_for_all_who_may_come() {
+    let mut group = Group::new(fixed(3, 1), 9);
+    let first = join(&mut group, "host1");
+    assert_eq!(group.muster(false), []);
+    assert_eq!(group.state().unwrap().to_string(), "waiting for workers: 1 of 3 joined");
+    assert_eq!(assigned(&group.muster(true)), (vec![first], Some(1)));
+
+    let mut group = Group::new(policy(Shape::Auto { max_stages: 1 }), 9);
+    for host in ["host1", "host2", "host3"] {
+        join(&mut group, host);
+        assert_eq!(group.muster(false), []);
+    }
+    assert_eq!(group.state().unwrap().to_string(), "waiting for more workers: 3 joined");
+    join(&mut group, "host4");
+    // As many as the model has units.
+    assert_eq!(assigned(&group.muster(false)).0.len(), 4);
+}
+
+#[test]
+fn a_worker_whose_load_failed_does_not_count_until_it_joins_again() {
+    let (mut group, first, second) = group_of_two();
+    group.muster(false);
+    let effects = group.fail(second, epoch(1), "no memory", None);
+    assert_eq!(effects[0], Effect::Dismiss(second, "no memory".into()));
+    assert_eq!(effects[2..], [Effect::Abandon(first, epoch(1))]);
+    assert_eq!(group.state(), Some(State::Failed("worker at host2:1: no memory".into())));
+    assert_eq!(group.leave(second, "it is gone"), []);
+    join(&mut group, "host2");
+    assert_eq!(group.muster(false).len(), 2);
+    assert_eq!(group.state(), Some(State::Loading));
+}
+
+#[test]
+fn only_the_same_model_joins() {
+    let (mut group, first, second) = serving();
+    let other = ModelReport { fingerprint: "b".into(), ..report() };
+    let refusal = "worker at host3:1 serves fingerprint b, the group a";
+    assert_eq!(try_join(&mut group, "host3", other.clone()), Err(refusal.into()));
+    // Requests may be in flight when nobody is there.
+    group.leave(first, "it is gone");
+    group.leave(second, "it is gone");
+    assert_eq!(try_join(&mut group, "host3", other), Err(refusal.into()));
+}
+
+#[test]
+fn a_width_that_the_model_does_not_have_is_refused() {
+    let mut group = Group::new(fixed(5, 5), 1);
+    let refusal = try_join(&mut group, "host1", report()).unwrap_err();
+    assert!(refusal.starts_with("5 workers asked for"), "{refusal}");
+    assert_eq!(group.state(), Some(State::Failed(refusal)));
+}

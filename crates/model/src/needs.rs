@@ -1,0 +1,105 @@
+//! What shares of a model take of a device's memory: measured on one layer of one unit, and computed for the rest.
+
+use engine::units;
+use kernels::{BLOCK_TOKENS, Backend, DType, KvShape};
+
+use crate::error::Result;
+use crate::names::Tensor;
+use crate::source::ModelSource;
+use crate::weights::{Weights, ffn_width};
+
+/// Rows of activations where the options name no largest step.
+const USUAL_STEP_ROWS: usize = 512;
+
+/// Bytes that a model's parts take on a backend. Units differ by a group of columns or a row: these are the largest one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryNeeds {
+    /// Decoder layers.
+    pub layers: u32,
+    /// A unit's weights in one layer.
+    pub layer_unit: u64,
+    /// Its rows of the embedding.
+    pub embedding_unit: u64,
+    /// Its rows of the head.
+    pub head_unit: u64,
+    /// Its activations for the largest step.
+    pub activation_unit: u64,
+    /// What a rank has whatever units it holds: norms and its other activations.
+    pub rank: u64,
+    /// Keys and values of one token, in one layer of one unit.
+    pub kv_token: u64,
+}
+
+impl ModelSource {
+    /// What shares of this model take on `backend`. Loads one layer of one unit, since only the backend knows how it keeps
+    /// weights.
+    pub fn needs<B: Backend>(&self, backend: &B) -> Result<MemoryNeeds> {
+        let shape = &self.config.shape;
+        let units = units(shape);
+        let dtype = self.options.dtype;
+        let layer_unit =
+            Weights::sample(backend, &self.config, &self.checkpoint, &units, dtype)?.bytes(backend);
+        let largest = |size: &dyn Fn(&engine::Unit) -> usize| units.iter().map(size).max().unwrap_or(0);
+        let vocab = largest(&|unit| unit.vocab.len());
+        let ffn = largest(&ffn_width);
+
+        let f32 = DType::F32.size();
+        let (hidden, head, compute) = (shape.hidden, shape.head_dim, dtype.size());
+        let rows = self.options.step_rows.unwrap_or(USUAL_STEP_ROWS);
+        let heads = shape.group() * head;
+        // As `forward::Activations` has them; a rank has a partial sum for each of its sub-trees, which are fewer than its units.
+        let of_unit = (heads + 2 * head) * f32
+            + 2 * heads * compute
+            + ffn * (2 * f32 + compute)
+            + (vocab + hidden) * f32;
+        let of_rank = hidden * (4 * f32 + compute) + head * f32 + shape.vocab * f32;
+        let norms = (2 * shape.layers + 1) * hidden * f32;
+
+        let one = KvShape { layers: 1, ..self.kv_shape(1) };
+        Ok(MemoryNeeds {
+            layers: shape.layers as u32,
+            layer_unit: layer_unit as u64,
+            embedding_unit: (vocab * hidden * compute) as u64,
+            // bf16 weights stay bf16 under f32.
+            head_unit: (vocab * hidden * self.checkpoint.dtype(Tensor::Head)?.size().min(compute)) as u64,
+            activation_unit: (rows * of_unit) as u64,
+            rank: (rows * of_rank + norms) as u64,
+            kv_token: backend.kv_block_bytes(one).div_ceil(BLOCK_TOKENS) as u64,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Executor, ModelOptions};
+    use comm::{MeshCollective, local_group};
+    use kernels::Cpu;
+    use std::path::Path;
+
+    #[test]
+    fn what_is_computed_is_what_is_loaded() {
+        for dtype in [DType::Bf16, DType::F32] {
+            let options = ModelOptions {
+                dtype,
+                kv_dtype: dtype,
+                max_context: None,
+                kv_memory: Some(1 << 20),
+                step_rows: None,
+                progress: false,
+            };
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/yi-nano");
+            let source = ModelSource::open(&dir, options).unwrap();
+            let backend = Cpu::new(1).unwrap();
+            let needs = source.needs(&backend).unwrap();
+            // The first unit is the largest: yi-nano's FFN is five groups of columns over four units.
+            let ranges = engine::rank_ranges(4, 4).unwrap();
+            let collective = MeshCollective::new(local_group(4).remove(0), ranges.clone()).unwrap();
+            let executor = source.executor(backend, &ranges, collective).unwrap();
+            assert_eq!(u64::from(needs.layers) * needs.layer_unit + needs.head_unit, executor.weight_bytes());
+            // Keys are kept in columns of whole panels, so they may take more than their values.
+            let token = 2 * source.config.shape.head_dim * dtype.size();
+            assert!((token..=2 * token).contains(&(needs.kv_token as usize)), "{needs:?}");
+        }
+    }
+}
