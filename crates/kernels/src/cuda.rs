@@ -10,6 +10,7 @@ mod backend;
 mod blas;
 mod buffer;
 mod cache;
+mod ceilings;
 mod device;
 mod elementwise;
 mod fold;
@@ -18,6 +19,7 @@ mod linear;
 mod matrix;
 mod memory;
 mod modules;
+mod moment;
 mod nccl;
 mod nvrtc;
 mod one_shot;
@@ -40,9 +42,11 @@ use std::rc::Rc;
 
 pub use self::arch::Arch;
 pub use self::buffer::{Buffer, KvCache, Table};
+pub use self::ceilings::Ceilings;
 pub use self::limits::violations;
 pub use self::matrix::Matrix;
 pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
+pub use self::moment::Moment;
 pub use self::nccl::{Communicator, NcclId};
 pub use self::nvrtc::{CompileError, Nvrtc, Version};
 pub use self::one_shot::OneShot;
@@ -80,6 +84,7 @@ pub struct Cuda {
     warning: Option<String>,
     device: Rc<Device>,
     options: CudaOptions,
+    arch: Arch,
     path: String,
     arena: Arena,
     /// Where weights lie as the checkpoint has them before they are packed.
@@ -126,12 +131,11 @@ impl Cuda {
             device.load(&module.image)?;
         }
         let wide = if options.deterministic { None } else { Some(Wide::open(&device)?) };
-        let weights = if options.weights == WeightFormat::Fp8 { "-fp8" } else { "" };
-        let kind = if options.deterministic { "-deterministic" } else { "" };
         let chunk = if options.separate_allocations { 0 } else { ARENA_CHUNK_BYTES };
         Ok(Self {
             warning: loaded.warning,
-            path: format!("cuda-{arch}{weights}{kind}"),
+            path: path(arch, &options),
+            arch,
             arena: Arena::new(&device, chunk)?,
             staging: RefCell::new(Scratch::new(&device)),
             wide,
@@ -149,6 +153,28 @@ impl Cuda {
             device,
             options,
         })
+    }
+
+    /// Switches [`CudaOptions::deterministic`] without loading weights anew, for measuring what it costs. What was computed before
+    /// stays; the path, and so the fingerprint, is the other one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without cuBLASLt, [`Error::OutOfMemory`] without room for its work space; then nothing has changed.
+    pub fn set_deterministic(&mut self, deterministic: bool) -> Result<()> {
+        if deterministic == self.options.deterministic {
+            return Ok(());
+        }
+        let wide = if deterministic {
+            None
+        } else {
+            let mut wide = Wide::open(&self.device)?;
+            wide.reserve()?;
+            Some(wide)
+        };
+        self.wide = wide;
+        self.options.deterministic = deterministic;
+        self.path = path(self.arch, &self.options);
+        Ok(())
     }
 
     /// The GPU's name, as its maker gave it.
@@ -230,4 +256,11 @@ impl Cuda {
         called?;
         Ok(Record::new(graph?, std::mem::take(&mut self.samples)))
     }
+}
+
+/// The instruction path: what bits depend on beside the model.
+fn path(arch: Arch, options: &CudaOptions) -> String {
+    let weights = if options.weights == WeightFormat::Fp8 { "-fp8" } else { "" };
+    let kind = if options.deterministic { "-deterministic" } else { "" };
+    format!("cuda-{arch}{weights}{kind}")
 }

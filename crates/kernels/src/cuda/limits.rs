@@ -52,6 +52,7 @@ const REGISTERS: &[(&str, u32)] = &[
     ("pack_int4", 24),
     ("pack_int8", 24),
     ("place_columns", 16),
+    ("read_memory", 48),
     ("rms_norm", 40),
     ("rope_table", 24),
     ("rope_write_kv", 48),
