@@ -5,7 +5,7 @@ use std::fmt::Display;
 
 use comm::Collective;
 use engine::{Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan};
-use kernels::{Backend, Batch, Choice, Draw, SampledRow, Slice, Step};
+use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step};
 
 use crate::error::{Error, Result};
 use crate::forward::Model;
@@ -37,6 +37,7 @@ pub(crate) struct Limits {
 /// Runs plans on one backend. Steps may be launched before earlier ones were polled, as many as the backend takes.
 pub struct ModelExecutor<B: Backend, C> {
     model: Model<B, C>,
+    kv_shape: KvShape,
     limits: Limits,
     /// Launched and not polled yet.
     running: VecDeque<Running>,
@@ -51,13 +52,26 @@ struct Running {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
-    pub(crate) fn new(model: Model<B, C>, limits: Limits) -> Self {
-        Self { model, limits, running: VecDeque::new() }
+    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits) -> Self {
+        Self { model, kv_shape, limits, running: VecDeque::new() }
     }
 
     /// The backend, for measurements between steps.
     pub fn backend_mut(&mut self) -> &mut B {
         self.model.backend_mut()
+    }
+
+    /// Replaces the KV cache by one of `blocks` blocks, all zeros: what was in it is forgotten, and steps that were not polled are
+    /// too. For tools that measure: serving keeps the cache that it began with.
+    ///
+    /// # Errors
+    /// The backend's where there is no room for it; one block is left then.
+    pub fn resize_kv(&mut self, blocks: usize) -> Result<()> {
+        while self.poll()?.is_some() {}
+        self.limits.kv_blocks = 1;
+        self.model.resize_kv(self.kv_shape, blocks.max(1))?;
+        self.limits.kv_blocks = blocks.max(1);
+        Ok(())
     }
 
     /// Runs a plan and returns, for every slice with sampling, the logits `[vocabulary]` of its last row; nothing

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use comm::Collective;
 use engine::{Unit, units};
-use kernels::{Backend, Batch, Choice, DType, Partial, SampledRow, Step, Tree};
+use kernels::{Backend, Batch, Choice, DType, KvShape, Partial, SampledRow, Step, Tree};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -147,6 +147,16 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
             self.activations = Some(Activations::allocate(&self.backend, &self.dims, rows)?);
+        }
+        Ok(())
+    }
+
+    /// Replaces the KV cache by one of `blocks` blocks of zeros. Where there is no room for it, one block is left.
+    pub(crate) fn resize_kv(&mut self, shape: KvShape, blocks: usize) -> Result<()> {
+        // The old one goes before the new one comes, so that both need not fit.
+        self.kv = self.backend.kv_cache(shape, 1)?;
+        if blocks > 1 {
+            self.kv = self.backend.kv_cache(shape, blocks)?;
         }
         Ok(())
     }

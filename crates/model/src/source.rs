@@ -1,7 +1,7 @@
-//! A model directory with its options: what a worker opens before it is assigned a share, and loads from after.
+//! A model with its options: what a worker opens before it is assigned a share, and loads from after.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::slice;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::executor::{Limits, ModelExecutor};
 use crate::forward::{Layout, Model};
 use crate::names::{LayerTensor, Tensor};
-use crate::weights::Weights;
+use crate::weights::{Origin, RandomWeights, Weights};
 
 /// Raised with every change of a kernel or of the forward pass that changes bits.
 const KERNEL_VERSION: u32 = 1;
@@ -61,13 +61,13 @@ pub struct Report {
     pub fingerprint: String,
 }
 
-/// A model directory whose config and headers have been read and checked.
+/// A model whose config and headers have been read and checked.
 #[derive(Debug)]
 pub struct ModelSource {
-    dir: PathBuf,
+    name: String,
     options: ModelOptions,
     config: Config,
-    checkpoint: Checkpoint,
+    origin: Origin,
     /// Hash of what tells this model from others.
     identity: String,
 }
@@ -76,16 +76,19 @@ impl ModelSource {
     /// Opens a model directory; reads no more than the config, the headers and the norm weights.
     pub fn open(dir: &Path, options: ModelOptions) -> Result<Self> {
         let config = Config::load(dir)?;
-        if let Some(asked) = options.max_context
-            && (asked == 0 || asked > config.max_positions)
-        {
-            let limit = config.max_positions;
-            return Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")));
-        }
+        check_context(&options, &config)?;
         let checkpoint = Checkpoint::open(dir, &config)?;
         let identity = identity(&config, &checkpoint)?;
         let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-        Ok(Self { dir, options, config, checkpoint, identity })
+        let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+        Ok(Self { name, options, config, origin: Origin::Checkpoint(checkpoint), identity })
+    }
+
+    /// A model of random weights, of which there are no files: for measuring shapes. Projections are quantised as the config says.
+    pub fn random(name: &str, config: Config, options: ModelOptions) -> Result<Self> {
+        check_context(&options, &config)?;
+        let origin = Origin::Random(RandomWeights::new(&config));
+        Ok(Self { name: name.to_owned(), options, config, origin, identity: "random".to_owned() })
     }
 
     /// The config.
@@ -97,7 +100,7 @@ impl ModelSource {
     pub fn report(&self, path: &str) -> Report {
         let dtype = |dtype| if dtype == DType::F32 { "f32" } else { "bf16" };
         Report {
-            name: self.dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned()),
+            name: self.name.clone(),
             vocabulary: self.config.shape.vocab as u32,
             max_context: self.max_context() as u32,
             units: self.config.shape.kv_heads as u32,
@@ -131,11 +134,14 @@ impl ModelSource {
         let weights = Weights::load(
             &backend,
             &self.config,
-            &self.checkpoint,
+            &self.origin,
             &units,
             held.clone(),
             dtype,
-            &mut || bar.inc(1),
+            &mut |bytes, all| {
+                bar.set_length(all);
+                bar.set_position(bytes);
+            },
         )?;
         bar.finish_and_clear();
 
@@ -152,7 +158,7 @@ impl ModelSource {
             kv_blocks,
             block_size: BLOCK_TOKENS,
         };
-        Ok(ModelExecutor::new(model, limits))
+        Ok(ModelExecutor::new(model, kv_shape, limits))
     }
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
@@ -194,16 +200,28 @@ impl ModelSource {
     }
 
     fn progress_bar(&self, held: &Range<usize>) -> ProgressBar {
-        let bar = ProgressBar::new(Weights::<kernels::Cpu>::parts(&self.config) as u64);
+        let bar = ProgressBar::no_length();
         if !self.options.progress {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
-        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {elapsed}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        {
             bar.set_style(style);
         }
         bar.set_message(format!("loading units {}..{}", held.start, held.end));
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
+    }
+}
+
+fn check_context(options: &ModelOptions, config: &Config) -> Result<()> {
+    let limit = config.max_positions;
+    match options.max_context {
+        Some(asked) if asked == 0 || asked > limit => {
+            Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")))
+        }
+        _ => Ok(()),
     }
 }
 
