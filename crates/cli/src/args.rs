@@ -221,7 +221,7 @@ fn bundled_model() -> Result<PathBuf> {
 }
 
 /// A part of a whole.
-fn parse_part(text: &str) -> Result<f64, String> {
+pub(crate) fn parse_part(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
         _ => Err(format!("'{text}' is not a number above 0, at most 1")),

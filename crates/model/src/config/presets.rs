@@ -42,7 +42,7 @@ impl Config {
                 Preset::Yi34B => shape(7168, 60, [56, 8, 128], 20_480, 64_000),
                 Preset::Yi6B => shape(4096, 32, [32, 4, 128], 11_008, 64_000),
                 Preset::Yi1B => shape(2048, 16, [16, 4, 128], 5632, 64_000),
-                Preset::Tiny => shape(128, 2, [4, 2, 32], 512, 512),
+                Preset::Tiny => shape(128, 2, [8, 2, 32], 512, 512),
             },
             rms_norm_eps: 1e-5,
             rope_theta: YI_ROPE_THETA,

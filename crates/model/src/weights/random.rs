@@ -227,8 +227,8 @@ mod tests {
                 assert_eq!((weights.head.len(), weights.layers[1].gate_up.len()), (held.len(), held.len()));
                 // Of a projection with scales and zero points these are not counted.
                 assert!(told.0 == told.1 && told.0 > 0);
-                // A unit has two query heads and a KV head of 32, 256 columns of the FFN and 256 words.
-                let projections = 2 * ((2 + 2) * 32 * 128 + 128 * 64 + 3 * 256 * 128);
+                // A unit has four query heads and a KV head of 32, 256 columns of the FFN and 256 words.
+                let projections = 2 * ((4 + 2) * 32 * 128 + 128 * 128 + 3 * 256 * 128);
                 let words = 2 * 256 * 128;
                 let bytes = held.len() * (projections * bits.unwrap_or(16) / 8 + words * 2) + 5 * 128 * 2;
                 assert_eq!(told.1, bytes as u64);
