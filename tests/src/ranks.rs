@@ -19,7 +19,7 @@ pub fn options(dtype: DType) -> ModelOptions {
         kv_dtype: dtype,
         max_context: None,
         kv_memory: Some(64 << 20),
-        step_rows: None,
+        largest_step: None,
         progress: false,
     }
 }

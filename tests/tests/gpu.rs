@@ -110,6 +110,8 @@ fn on_gpus(args: &[&str], count: usize) -> Option<String> {
         .command(args)
         .env("LD_LIBRARY_PATH", libraries.to_str().expect("UTF-8"))
         .env("PHALANX_EMULATOR_DEVICES", &count.to_string())
+        // All of it becomes KV cache.
+        .env("PHALANX_EMULATOR_MEMORY", &(1_u64 << 30).to_string())
         .env("PHALANX_KERNEL_CACHE", cache.path().to_str().expect("UTF-8"))
         .run();
     assert!(ended.status.success(), "{}", ended.stderr);

@@ -235,8 +235,9 @@ pub trait Backend {
     fn kv_block_bytes(&self, shape: KvShape) -> usize;
     /// Copies one row of an f32 buffer to the host, when all that was begun before has ended.
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
-    /// Bytes that a KV cache may take where the user sets no limit.
-    fn kv_budget(&self) -> Result<u64>;
+    /// Bytes that a KV cache may take where the user sets no limit: on a device of its own all that is left, on one that it shares with
+    /// other programs no more than `enough`.
+    fn kv_budget(&self, enough: u64) -> Result<u64>;
 
     // ---- steps
 

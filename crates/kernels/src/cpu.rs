@@ -145,8 +145,8 @@ impl Backend for Cpu {
         Ok(buffer.f32s()[row * buffer.cols()..][..buffer.cols()].to_vec())
     }
 
-    fn kv_budget(&self) -> Result<u64> {
-        Ok(memory::available() / KV_MEMORY_SHARE)
+    fn kv_budget(&self, enough: u64) -> Result<u64> {
+        Ok(enough.min(memory::available() / KV_MEMORY_SHARE))
     }
 
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {

@@ -161,8 +161,8 @@ impl Backend for Oracle {
         Ok(buffer.row(row))
     }
 
-    fn kv_budget(&self) -> Result<u64> {
-        Ok(1 << 30)
+    fn kv_budget(&self, enough: u64) -> Result<u64> {
+        Ok(enough.min(1 << 30))
     }
 
     fn embed(&mut self, step: &Step, table: &OracleTable, out: &mut OracleBuffer) -> Result<()> {

@@ -12,6 +12,7 @@ use kernels::{Backend, Batch, Choice, DType, Partial, SampledRow, Step, Tree};
 
 use crate::config::Config;
 use crate::error::Result;
+use crate::source::StepSize;
 use crate::weights::{Weights, ffn_width};
 
 /// The rank that gets the logits and samples.
@@ -34,8 +35,8 @@ pub(crate) struct Layout<'a> {
     /// The units of every rank.
     pub(crate) ranges: &'a [Range<usize>],
     pub(crate) dtype: DType,
-    /// Rows of the largest step, if its activations are to be taken at once.
-    pub(crate) rows: Option<usize>,
+    /// If the activations of the largest step are to be taken at once.
+    pub(crate) largest_step: Option<StepSize>,
 }
 
 /// What the forward pass needs to know of the config and of this rank's share.
@@ -56,9 +57,9 @@ struct Dims {
     vocab_counts: Vec<usize>,
 }
 
-/// Buffers for up to `rows` rows, reused by every step and layer.
+/// Buffers for steps of up to `size`, reused by every step and layer.
 struct Activations<B: Backend> {
-    rows: usize,
+    size: StepSize,
     /// The residual stream.
     residual: B::Buffer,
     /// What the last reduction gave, not yet added to the residual.
@@ -79,8 +80,8 @@ struct Activations<B: Backend> {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
-    /// `ranges`: the units of every rank of the group. Activations for steps of `rows` rows (if given; larger steps take more
-    /// later) are taken before `kv` sizes the KV cache by what is left.
+    /// Activations for the largest step (if given; larger ones take more later) are taken before `kv` sizes the KV cache by what is
+    /// left.
     pub(crate) fn new(
         mut backend: B,
         collective: C,
@@ -89,7 +90,8 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
     ) -> Result<Self> {
         let dims = Dims::new(layout.config, layout.ranges, collective.rank(), layout.dtype);
-        let activations = layout.rows.map(|rows| Activations::allocate(&backend, &dims, rows)).transpose()?;
+        let activations =
+            layout.largest_step.map(|size| Activations::allocate(&backend, &dims, size)).transpose()?;
         let kv = kv(&mut backend)?;
         Ok(Self { backend, collective, weights, kv, dims, activations })
     }
@@ -101,7 +103,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
-        self.reserve(step.rows)?;
+        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
         self.collective.check()?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
@@ -124,7 +126,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
     pub(crate) fn logits(&mut self, step: &Step) -> Result<Vec<Vec<f32>>> {
-        self.reserve(step.rows)?;
+        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(Vec::new()) };
         // These ops are not those of `begin`.
@@ -140,13 +142,19 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         Ok(logits)
     }
 
-    /// Makes room for steps of up to `rows` rows.
-    pub(crate) fn reserve(&mut self, rows: usize) -> Result<()> {
-        if self.activations.as_ref().is_none_or(|a| a.rows < rows) {
+    /// Makes room for steps of up to `size`.
+    fn reserve(&mut self, size: StepSize) -> Result<()> {
+        let had = self.activations.as_ref().map(|a| a.size);
+        if had.is_none_or(|had| had.rows < size.rows || had.sampled < size.sampled) {
             self.backend.reset();
+            let size = StepSize {
+                rows: had.map_or(0, |had| had.rows).max(size.rows),
+                // Batches grow one by one.
+                sampled: had.map_or(0, |had| had.sampled).max(size.sampled.next_power_of_two()),
+            };
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
-            self.activations = Some(Activations::allocate(&self.backend, &self.dims, rows)?);
+            self.activations = Some(Activations::allocate(&self.backend, &self.dims, size)?);
         }
         Ok(())
     }
@@ -254,13 +262,15 @@ impl Dims {
 }
 
 impl<B: Backend> Activations<B> {
-    fn allocate(backend: &B, dims: &Dims, rows: usize) -> Result<Self> {
+    fn allocate(backend: &B, dims: &Dims, size: StepSize) -> Result<Self> {
+        let StepSize { rows, sampled } = size;
         let f32 = |cols| backend.buffer(DType::F32, rows, cols);
+        let sampled = |cols| backend.buffer(DType::F32, sampled, cols);
         let compute = |cols| backend.buffer(dims.dtype, rows, cols);
         let ffn: usize = dims.ffn_widths.iter().sum();
         let own_vocab = dims.vocab_counts[dims.rank];
         Ok(Self {
-            rows,
+            size,
             residual: f32(dims.hidden)?,
             reduced: f32(dims.hidden)?,
             partials: dims
@@ -276,10 +286,10 @@ impl<B: Backend> Activations<B> {
             attended: compute(dims.head_cols)?,
             gate_up: f32(2 * ffn)?,
             activated: compute(ffn)?,
-            last_residual: f32(dims.hidden)?,
-            last_reduced: f32(dims.hidden)?,
-            logits: f32(own_vocab)?,
-            all_logits: f32(dims.vocab_counts.iter().sum())?,
+            last_residual: sampled(dims.hidden)?,
+            last_reduced: sampled(dims.hidden)?,
+            logits: sampled(own_vocab)?,
+            all_logits: sampled(dims.vocab_counts.iter().sum())?,
         })
     }
 }

@@ -21,7 +21,7 @@ use crate::weights::Weights;
 
 /// Raised with every change of a kernel or of the forward pass that changes bits.
 const KERNEL_VERSION: u32 = 1;
-/// Without a limit of its own, the KV cache has room for this many full contexts, memory allowing.
+/// On a device that is shared with other programs, a KV cache has room for this many full contexts, memory allowing.
 const DEFAULT_CONTEXTS: usize = 4;
 
 /// How a model is to be run.
@@ -33,13 +33,21 @@ pub struct ModelOptions {
     pub kv_dtype: DType,
     /// Tokens of context; `None`: what the model was made for.
     pub max_context: Option<usize>,
-    /// Bytes of this rank's KV cache; `None`: four contexts, as far as the device has room.
+    /// Bytes of this rank's KV cache; `None`: on a GPU all that is left, else four contexts, as far as there is room.
     pub kv_memory: Option<u64>,
-    /// Rows of the largest step: activations for it are taken while loading, so that memory cannot run out later. `None`: as
-    /// steps come.
-    pub step_rows: Option<usize>,
+    /// Activations for such a step are taken while loading, so that memory cannot run out later. `None`: as steps come.
+    pub largest_step: Option<StepSize>,
     /// Draw a progress bar while loading.
     pub progress: bool,
+}
+
+/// How much a step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Tokens that run.
+    pub rows: usize,
+    /// Rows that are sampled from, each of which takes logits over the vocabulary.
+    pub sampled: usize,
 }
 
 /// What a worker tells of its model before it loads weights. Equal on all workers of a group.
@@ -140,7 +148,7 @@ impl ModelSource {
         bar.finish_and_clear();
 
         let kv_shape = self.kv_shape(held.len());
-        let layout = Layout { config: &self.config, ranges, dtype, rows: self.options.step_rows };
+        let layout = Layout { config: &self.config, ranges, dtype, largest_step: self.options.largest_step };
         let mut kv_blocks = 0;
         let model = Model::new(backend, collective, weights, &layout, |backend| {
             kv_blocks = self.kv_blocks(backend, kv_shape)?;
@@ -177,8 +185,8 @@ impl ModelSource {
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {
-                let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(BLOCK_TOKENS);
-                (wanted as u64).min(backend.kv_budget()? / block_bytes)
+                let enough = DEFAULT_CONTEXTS * self.max_context().div_ceil(BLOCK_TOKENS);
+                backend.kv_budget(block_bytes.saturating_mul(enough as u64))? / block_bytes
             }
         };
         match u32::try_from(blocks) {

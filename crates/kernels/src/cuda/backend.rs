@@ -99,7 +99,7 @@ impl Backend for Cuda {
         buffer.row(row)
     }
 
-    fn kv_budget(&self) -> Result<u64> {
+    fn kv_budget(&self, _enough: u64) -> Result<u64> {
         self.staging.borrow_mut().release();
         let (free, total) = self.device.memory()?;
         let allowed = (total as f64 * self.options.memory_utilization) as u64;
