@@ -198,7 +198,7 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
     for (table, partial) in weights.embedding.iter().zip(&mut a.partials) {
         backend.embed(step, table, &mut partial.sum)?;
     }
-    collective.tree_reduce(tree, len, &a.partials, &mut a.residual)?;
+    add_partials(collective, tree, len, &mut a.partials, &mut a.residual)?;
 
     for (index, layer) in weights.layers.iter().enumerate() {
         let norm = &layer.attention_norm;
@@ -211,14 +211,14 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
         backend.rope_write_kv(step, &a.qkv, &a.rope, index, kv, &mut a.q)?;
         backend.attend(step, &a.q, index, kv, scale, &mut a.attended)?;
         backend.linear_partials(rows, &a.attended, &layer.o, first_unit, tree, &mut a.partials)?;
-        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+        add_partials(collective, tree, len, &mut a.partials, &mut a.reduced)?;
 
         let norm = &layer.ffn_norm;
         backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
         backend.linear(rows, &a.normed, &layer.gate_up, &mut a.gate_up)?;
         backend.silu_mul(rows, &a.gate_up, &dims.ffn_widths, &mut a.activated)?;
         backend.linear_partials(rows, &a.activated, &layer.down, first_unit, tree, &mut a.partials)?;
-        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+        add_partials(collective, tree, len, &mut a.partials, &mut a.reduced)?;
     }
 
     if step.sampled.is_empty() {
@@ -232,6 +232,21 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
     backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
     collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
     Ok(())
+}
+
+/// The sum of all units' partial sums, in `out`. A rank that holds the whole tree has it already: the buffers only change places.
+fn add_partials<B, C: Collective<B>>(
+    collective: &mut C,
+    tree: Tree,
+    len: usize,
+    partials: &mut [Partial<B>],
+    out: &mut B,
+) -> Result<()> {
+    if let ([whole], 1) = (&mut *partials, collective.size()) {
+        std::mem::swap(&mut whole.sum, out);
+        return Ok(());
+    }
+    Ok(collective.tree_reduce(tree, len, partials, out)?)
 }
 
 impl Dims {
