@@ -7,7 +7,9 @@ mod common;
 use common::gpu;
 use common::ops::{Types, embedded, gated, linear, norms, partials, turned};
 use common::{Device, Random, Sequences, assert_close, bits, run, sampled_step, step};
-use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Oracle, Partial, Slice, SourceType, Tree, sample};
+use kernels::{
+    Backend, Batch, Cuda, CudaOptions, DType, Draw, KvShape, Oracle, Partial, Slice, SourceType, Tree, sample,
+};
 
 const BF16: Types = (DType::Bf16, DType::Bf16, SourceType::Bf16);
 
@@ -328,6 +330,10 @@ fn recorded_steps_are_the_same_bits() {
     for gpu in &mut gpus() {
         let eager = decode(gpu, false, 24);
         assert_eq!(decode(gpu, true, 24), eager, "{}", gpu.path());
+    }
+    if gpu::present() {
+        let mut without = gpu::open_with(CudaOptions { graphs: false, ..CudaOptions::default() });
+        assert_eq!(decode(&mut without, true, 24), decode(&mut gpu::open(false), false, 24));
     }
 }
 

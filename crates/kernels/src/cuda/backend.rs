@@ -128,7 +128,7 @@ impl Backend for Cuda {
         if self.words.send(&plan.words)? {
             self.records.clear();
         }
-        let recordable = record && plan.decodes && plan.spans <= self.recorded_spans;
+        let recordable = record && self.options.graphs && plan.decodes && plan.spans <= self.recorded_spans;
         let sizes = plan.sizes;
         self.plan = Some(plan);
         self.samples = false;
