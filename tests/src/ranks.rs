@@ -7,7 +7,7 @@ use std::thread;
 use anyhow::Result;
 use comm::{Collective, MeshCollective, local_group};
 use engine::{
-    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
+    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, Tokens, rank_ranges,
 };
 use kernels::{Backend, DType};
 use model::{ModelOptions, ModelSource, SAMPLING_RANK};
@@ -85,11 +85,16 @@ pub fn plans(ids: &[u32], ends: &[usize], block_size: usize) -> Vec<StepPlan> {
             seq: SeqId(0),
             slot: SlotId(0),
             start: start as u32,
-            tokens: ids[start..end].to_vec(),
+            tokens: Tokens::Ids(ids[start..end].to_vec()),
             blocks: (0..blocks as u32).rev().map(BlockId).collect(),
             sampling: Some(Sampling { params: SamplingParams::GREEDY, position: end as u32 }),
         };
-        plans.push(StepPlan { epoch: Epoch::default(), step: StepId(step as u64), slices: vec![slice] });
+        plans.push(StepPlan {
+            epoch: Epoch::default(),
+            step: StepId(step as u64),
+            keep_sampled: false,
+            slices: vec![slice],
+        });
         start = end;
     }
     plans

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::fmt::Display;
 
 use comm::Collective;
-use engine::{Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan};
+use engine::{
+    Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan, Tokens,
+};
 use kernels::{Backend, Batch, Choice, Draw, SampledRow, Slice, Step};
 
 use crate::error::{Error, Result};
@@ -69,7 +71,7 @@ impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
 
     fn step(&self, plan: &StepPlan) -> Result<Step> {
         self.limits.check(plan)?;
-        let ids = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        let ids = plan.slices.iter().flat_map(|slice| ids(slice).iter().copied()).collect();
         Ok(self.model.step(ids, batch(plan), sampled_rows(plan)))
     }
 }
@@ -131,7 +133,10 @@ impl Limits {
         if end > self.max_context {
             return above("positions up to", &end, self.max_context);
         }
-        if let Some(id) = slice.tokens.iter().find(|&&id| id as usize >= self.vocabulary) {
+        if slice.tokens == Tokens::LastSampled {
+            return Some("its token is not in the plan: this rank takes one step at a time".into());
+        }
+        if let Some(id) = ids(slice).iter().find(|&&id| id as usize >= self.vocabulary) {
             return above("token id", id, self.vocabulary - 1);
         }
         if let Some(block) = slice.blocks.iter().find(|block| block.0 as usize >= self.kv_blocks) {
@@ -145,6 +150,14 @@ impl Limits {
             ));
         }
         None
+    }
+}
+
+/// What was checked to be known.
+fn ids(slice: &SeqSlice) -> &[u32] {
+    match &slice.tokens {
+        Tokens::Ids(ids) => ids,
+        Tokens::LastSampled => &[],
     }
 }
 

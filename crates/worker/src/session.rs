@@ -173,7 +173,7 @@ impl<L: Load> Membership<L> {
             Some(Progress::Ready { kv_blocks, weight_bytes }) => {
                 info!(%epoch, kv_blocks, weight_bytes, "loaded");
                 let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
-                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes };
+                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes, steps_in_flight: 1 };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;
             }

@@ -14,7 +14,7 @@ use cluster::proto::{
 };
 use cluster::{Assignment, Member, ModelReport, PROTOCOL, Session, WorkerId, encode_plan};
 use comm::AbortHandle;
-use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
+use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens};
 use model::Executor;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -210,7 +210,12 @@ impl JoinWire {
     }
 
     async fn ready(&mut self, counter: u64) {
-        let ready = Ready { epoch: Some(epoch(counter).into()), kv_blocks: 17, weight_bytes: 1 << 40 };
+        let ready = Ready {
+            epoch: Some(epoch(counter).into()),
+            kv_blocks: 17,
+            weight_bytes: 1 << 40,
+            steps_in_flight: 1,
+        };
         assert_eq!(self.hear().await, Up::Ready(ready));
     }
 }
@@ -250,11 +255,11 @@ fn plan(counter: u64, step: u64) -> StepPlan {
         seq: SeqId(3),
         slot: SlotId(0),
         start: 9,
-        tokens: vec![1],
+        tokens: Tokens::Ids(vec![1]),
         blocks: vec![BlockId(0)],
         sampling: None,
     };
-    StepPlan { epoch: epoch(counter), step: StepId(step), slices: vec![slice] }
+    StepPlan { epoch: epoch(counter), step: StepId(step), keep_sampled: false, slices: vec![slice] }
 }
 
 #[tokio::test]
