@@ -10,7 +10,7 @@ use engine::{
     BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, Tokens, rank_ranges,
 };
 use kernels::{Backend, DType};
-use model::{ModelOptions, ModelSource, SAMPLING_RANK};
+use model::{ModelExecutor, ModelOptions, ModelSource, SAMPLING_RANK};
 
 /// Options for a test: room for `tokens` tokens of one sequence is enough for every golden prompt.
 pub fn options(dtype: DType) -> ModelOptions {
@@ -20,6 +20,7 @@ pub fn options(dtype: DType) -> ModelOptions {
         max_context: None,
         kv_memory: Some(64 << 20),
         step_rows: None,
+        steps_in_flight: 1,
         progress: false,
     }
 }
@@ -49,28 +50,44 @@ pub fn logits_of<P: Send, B: Backend, C: Collective<B::Buffer>>(
     join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
     plans: &[StepPlan],
 ) -> Result<Vec<Vec<f32>>> {
-    let width = places.len();
-    let run = |place| -> Result<Vec<Vec<f32>>> {
-        let source = ModelSource::open(dir, options.clone())?;
-        let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
-        let (backend, collective) = join(place, &ranges)?;
-        let mut executor = source.executor(backend, &ranges, collective)?;
+    on_ranks(dir, options, places, join, |_, executor| {
         let mut all = Vec::new();
         for plan in plans {
             all.extend(executor.logits(plan)?);
         }
         Ok(all)
+    })
+}
+
+/// Loads a model on ranks that take their places by `join`, and runs `body` for each on its own thread; returns what the sampling rank
+/// found.
+pub fn on_ranks<P: Send, B: Backend, C: Collective<B::Buffer>, R: Send>(
+    dir: &Path,
+    options: &ModelOptions,
+    places: Vec<P>,
+    join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
+    body: impl Fn(usize, &mut ModelExecutor<B, C>) -> Result<R> + Sync,
+) -> Result<R> {
+    let width = places.len();
+    let run = |rank, place| -> Result<R> {
+        let source = ModelSource::open(dir, options.clone())?;
+        let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
+        let (backend, collective) = join(place, &ranges)?;
+        body(rank, &mut source.executor(backend, &ranges, collective)?)
     };
     thread::scope(|scope| {
-        let threads: Vec<_> = places.into_iter().map(|place| scope.spawn(|| run(place))).collect();
-        let mut results: Vec<_> =
-            threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
-        for result in &results {
-            if let Err(error) = result {
-                return Err(anyhow::anyhow!("a rank failed: {error:#}"));
-            }
-        }
-        results.swap_remove(SAMPLING_RANK)
+        let run = &run;
+        let threads: Vec<_> = places
+            .into_iter()
+            .enumerate()
+            .map(|(rank, place)| scope.spawn(move || run(rank, place)))
+            .collect();
+        let results: Vec<_> = threads.into_iter().map(|t| t.join().expect("no panic in a rank")).collect();
+        let mut results = results
+            .into_iter()
+            .collect::<Result<Vec<R>>>()
+            .map_err(|error| anyhow::anyhow!("a rank failed: {error:#}"))?;
+        Ok(results.swap_remove(SAMPLING_RANK))
     })
 }
 

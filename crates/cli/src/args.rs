@@ -43,6 +43,10 @@ pub(crate) struct ModelArgs {
     /// Rows of one step: decoding sequences and chunks of prompts; of a group's workers and coordinator alike [default: 512, on GPUs 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) max_batch_tokens: Option<u32>,
+    /// Steps that a worker takes before the first of them has ended: with 2 it begins the next one without waiting to be told what it
+    /// just sampled [default: 1, on GPUs 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps_in_flight: Option<usize>,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -163,6 +167,8 @@ impl ModelArgs {
             max_context: self.max_context,
             kv_memory: self.kv_memory,
             step_rows: self.on_gpu().then(|| self.max_batch_tokens() as usize),
+            // On the CPU a step takes far longer than a message.
+            steps_in_flight: self.steps_in_flight.unwrap_or(if self.on_gpu() { 2 } else { 1 }),
             progress,
         }
     }
@@ -183,6 +189,7 @@ impl ModelArgs {
         push("--kv-dtype", self.kv_dtype.map(name));
         push("--max-context", self.max_context.map(|n| n.to_string()));
         push("--max-batch-tokens", Some(self.max_batch_tokens().to_string()));
+        push("--steps-in-flight", self.steps_in_flight.map(|n| n.to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
         if let DeviceArg::Cuda(number) = self.device {

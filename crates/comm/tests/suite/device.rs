@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use comm::cuda::{LocalGpu, NcclCollective, local_gpu_group};
 use comm::{AbortHandle, Collective, Error, LocalTransport, Transport};
 use kernels::cuda::{Buffer, Missed, OneShot};
-use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Tree};
+use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Token, Tree};
 
 use crate::gpu::{buffer, open, values};
 use crate::groups::{Kind, LONG, each_rank};
@@ -63,7 +63,11 @@ fn a_kernel_does_not_wait_for_ever() {
 fn decoding(cuda: &Cuda) -> Step {
     let slice = Slice { start: 0, len: 1, blocks: vec![0] };
     let draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, position: 0 };
-    cuda.step(vec![0], Batch { slices: vec![slice] }, vec![SampledRow { row: 0, draw }])
+    cuda.step(
+        vec![Token::Id(0)],
+        Batch { slices: vec![slice] },
+        vec![SampledRow { row: 0, slot: None, draw }],
+    )
 }
 
 /// Begins a step that only reduces and broadcasts, so that it may be recorded.
