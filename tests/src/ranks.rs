@@ -7,10 +7,10 @@ use std::thread;
 use anyhow::{Result, ensure};
 use comm::{Collective, MeshCollective, local_group};
 use engine::{
-    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
+    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, Tokens, rank_ranges,
 };
 use kernels::{Backend, DType};
-use model::{ModelOptions, ModelSource, SAMPLING_RANK};
+use model::{ModelExecutor, ModelOptions, ModelSource, SAMPLING_RANK};
 
 /// Options for a test: room for `tokens` tokens of one sequence is enough for every golden prompt.
 pub fn options(dtype: DType) -> ModelOptions {
@@ -20,6 +20,7 @@ pub fn options(dtype: DType) -> ModelOptions {
         max_context: None,
         kv_memory: Some(64 << 20),
         largest_step: None,
+        steps_in_flight: 1,
         progress: false,
     }
 }
@@ -49,17 +50,31 @@ pub fn logits_of<P: Send, B: Backend, C: Collective<B::Buffer>>(
     join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
     plans: &[StepPlan],
 ) -> Result<Vec<Vec<f32>>> {
-    let width = places.len();
-    let mut all = each_rank(places, |place| {
-        let source = ModelSource::open(dir, options.clone())?;
-        let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
-        let (backend, collective) = join(place, &ranges)?;
-        let mut executor = source.executor(backend, &ranges, collective)?;
+    on_ranks(dir, options, places, join, |_, executor| {
         let mut logits = Vec::new();
         for plan in plans {
             logits.extend(executor.logits(plan)?);
         }
         Ok(logits)
+    })
+}
+
+/// Loads a model on ranks that take their places by `join`, and runs `body` for each on its own thread; returns what the sampling rank
+/// found.
+pub fn on_ranks<P: Send, B: Backend, C: Collective<B::Buffer>, R: Send>(
+    dir: &Path,
+    options: &ModelOptions,
+    places: Vec<P>,
+    join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
+    body: impl Fn(usize, &mut ModelExecutor<B, C>) -> Result<R> + Sync,
+) -> Result<R> {
+    let width = places.len();
+    let places = places.into_iter().enumerate().collect();
+    let mut all = each_rank(places, |(rank, place)| {
+        let source = ModelSource::open(dir, options.clone())?;
+        let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
+        let (backend, collective) = join(place, &ranges)?;
+        body(rank, &mut source.executor(backend, &ranges, collective)?)
     })?;
     Ok(all.swap_remove(SAMPLING_RANK))
 }
@@ -94,7 +109,7 @@ pub fn plans(ids: &[u32], ends: &[usize], block_size: usize) -> Vec<StepPlan> {
 
 /// A step of these slices.
 pub fn plan(step: usize, slices: Vec<SeqSlice>) -> StepPlan {
-    StepPlan { epoch: Epoch::default(), step: StepId(step as u64), slices }
+    StepPlan { epoch: Epoch::default(), step: StepId(step as u64), keep_sampled: false, slices }
 }
 
 /// The tokens of sequence `seq` from position `start` to the end of `ids`, of which the last is sampled from.
@@ -103,7 +118,7 @@ pub fn slice(seq: usize, ids: &[u32], start: usize, blocks: &[u32], params: Samp
         seq: SeqId(seq as u64),
         slot: SlotId(seq as u32),
         start: start as u32,
-        tokens: ids[start..].to_vec(),
+        tokens: Tokens::Ids(ids[start..].to_vec()),
         blocks: blocks.iter().copied().map(BlockId).collect(),
         sampling: Some(Sampling { params, position: ids.len() as u32 }),
     }

@@ -126,6 +126,9 @@ fn a_cluster_of_gpus_answers_alike_at_any_width() {
         .filter_map(|gpus| on_gpus(&[&prompt[..], &["--deterministic"]].concat(), gpus))
         .collect();
     assert!(texts.iter().all(|text| *text == texts[0] && !text.trim().is_empty()), "{texts:?}");
+    // These were a step ahead of what the coordinator knew.
+    let one_step = on_gpus(&[&prompt[..], &["--deterministic", "--steps-in-flight", "1"]].concat(), 2);
+    assert_eq!(one_step.as_ref(), texts.first());
 }
 
 #[test]

@@ -46,6 +46,10 @@ pub(crate) struct ModelArgs {
     /// Sequences that run at once; of a group's workers and coordinator alike [default: 64, on GPUs 256]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) max_sequences: Option<u32>,
+    /// Steps that a worker takes before the first of them has ended: with 2 it begins the next one without waiting to be told what it
+    /// just sampled [default: 1, on GPUs 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps_in_flight: Option<usize>,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -176,6 +180,8 @@ impl ModelArgs {
             max_context: self.max_context,
             kv_memory: self.kv_memory,
             largest_step: self.on_gpu().then(|| self.largest_step()),
+            // On the CPU a step takes far longer than a message.
+            steps_in_flight: self.steps_in_flight.unwrap_or(if self.on_gpu() { 2 } else { 1 }),
             progress,
         }
     }
@@ -197,6 +203,7 @@ impl ModelArgs {
         push("--max-context", self.max_context.map(|n| n.to_string()));
         push("--max-batch-tokens", Some(self.max_batch_tokens().to_string()));
         push("--max-sequences", Some(self.max_sequences().to_string()));
+        push("--steps-in-flight", self.steps_in_flight.map(|n| n.to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
         if let DeviceArg::Cuda(number) = self.device {

@@ -1,14 +1,14 @@
 //! The forward pass of Yi (LLaMA's architecture), written once over [`Backend`] and [`Collective`].
 //!
 //! Every rank runs the same sequence of ops on its own units; the partial sums of the embedding, `o_proj` and
-//! `down_proj` meet in `tree_reduce`, and the logits of sampled rows are gathered on rank 0. The residual stream and all
-//! sums are f32; what enters a matrix or attention is of the compute dtype.
+//! `down_proj` meet in `tree_reduce`, and the logits of sampled rows are gathered on rank 0, which tells the others what it chose if
+//! later steps may go on with that unseen. The residual stream and all sums are f32; what enters a matrix or attention is of the compute dtype.
 
 use std::ops::Range;
 
 use comm::Collective;
 use engine::{Unit, units};
-use kernels::{Backend, Batch, Choice, DType, Partial, SampledRow, Step, Tree};
+use kernels::{Backend, Batch, CHOSEN_COLS, Choice, DType, Partial, SampledRow, Step, Token, Tree};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -77,6 +77,8 @@ struct Activations<B: Backend> {
     last_reduced: B::Buffer,
     logits: B::Buffer,
     all_logits: B::Buffer,
+    /// What was chosen from them.
+    chosen: B::Buffer,
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
@@ -97,23 +99,20 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     }
 
     /// A step of `batch`, of which some rows are sampled.
-    pub(crate) fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
-        self.backend.step(ids, batch, sampled)
+    pub(crate) fn step(&self, tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+        self.backend.step(tokens, batch, sampled)
     }
 
-    /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
+    /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows; all ranks keep
+    /// those that later steps may ask for. Steps before it may still run.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
+        self.collective.begin_step()?;
         self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
-        self.collective.check()?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
-        let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
         backend.run(step, collective.can_be_recorded(), |backend| {
             forward(backend, collective, weights, kv, dims, a, step)?;
-            if samples {
-                backend.sample(step, &a.all_logits)?;
-            }
-            Ok(())
+            choose(backend, collective, a, step)
         })
     }
 
@@ -122,6 +121,11 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         let choices = self.backend.choices()?;
         self.collective.check()?;
         Ok(choices)
+    }
+
+    /// Whether [`Self::choices`] would not wait.
+    pub(crate) fn choices_are_there(&mut self) -> Result<bool> {
+        Ok(self.backend.choices_are_there()?)
     }
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
@@ -249,6 +253,29 @@ fn add_partials<B, C: Collective<B>>(
     Ok(collective.tree_reduce(tree, len, partials, out)?)
 }
 
+/// Samples from `all_logits`, and has all ranks keep what later steps may ask for.
+fn choose<B: Backend, C: Collective<B::Buffer>>(
+    backend: &mut B,
+    collective: &mut C,
+    a: &mut Activations<B>,
+    step: &Step,
+) -> Result<()> {
+    if step.sampled.is_empty() {
+        return Ok(());
+    }
+    let samples = collective.rank() == SAMPLING_RANK;
+    if samples {
+        backend.sample(step, &a.all_logits, &mut a.chosen)?;
+    }
+    if step.keeps() && collective.size() > 1 {
+        collective.broadcast(SAMPLING_RANK, step.sampled_rows * CHOSEN_COLS, &mut a.chosen)?;
+        if !samples {
+            backend.keep(step, &a.chosen)?;
+        }
+    }
+    Ok(())
+}
+
 impl Dims {
     fn new(config: &Config, ranges: &[Range<usize>], rank: usize, dtype: DType) -> Self {
         let shape = &config.shape;
@@ -305,6 +332,7 @@ impl<B: Backend> Activations<B> {
             last_reduced: sampled(dims.hidden)?,
             logits: sampled(own_vocab)?,
             all_logits: sampled(dims.vocab_counts.iter().sum())?,
+            chosen: sampled(CHOSEN_COLS)?,
         })
     }
 }

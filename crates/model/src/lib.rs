@@ -8,6 +8,7 @@ pub mod names;
 
 mod error;
 mod forward;
+mod slots;
 mod source;
 mod weights;
 

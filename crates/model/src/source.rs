@@ -8,7 +8,7 @@ use std::time::Duration;
 use comm::Collective;
 use engine::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::{BLOCK_TOKENS, Backend, DType, KvShape};
+use kernels::{BLOCK_TOKENS, Backend, DType, KvShape, MAX_STEPS_IN_FLIGHT};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -37,6 +37,9 @@ pub struct ModelOptions {
     pub kv_memory: Option<u64>,
     /// Activations for such a step are taken while loading, so that memory cannot run out later. `None`: as steps come.
     pub largest_step: Option<StepSize>,
+    /// Steps that are taken before the first of them has ended, 1 to [`MAX_STEPS_IN_FLIGHT`]. With more than one, a GPU need not wait
+    /// for the coordinator in between.
+    pub steps_in_flight: usize,
     /// Draw a progress bar while loading.
     pub progress: bool,
 }
@@ -89,6 +92,12 @@ impl ModelSource {
         {
             let limit = config.max_positions;
             return Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")));
+        }
+        let steps = options.steps_in_flight;
+        if !(1..=MAX_STEPS_IN_FLIGHT).contains(&steps) {
+            return Err(Error::Option(format!(
+                "--steps-in-flight {steps}: allowed are 1 to {MAX_STEPS_IN_FLIGHT}"
+            )));
         }
         let checkpoint = Checkpoint::open(dir, &config)?;
         let identity = identity(&config, &checkpoint)?;
@@ -160,7 +169,7 @@ impl ModelSource {
             kv_blocks,
             block_size: BLOCK_TOKENS,
         };
-        Ok(ModelExecutor::new(model, limits))
+        Ok(ModelExecutor::new(model, limits, self.options.steps_in_flight))
     }
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.

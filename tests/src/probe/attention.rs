@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use kernels::cuda::KvCache;
-use kernels::{BLOCK_TOKENS, Backend, Batch, Cuda, DType, Draw, KvShape, SampledRow, Slice, Step};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Cuda, DType, Draw, KvShape, SampledRow, Slice, Step, Token};
 use serde::Deserialize;
 
 use crate::ops::in_step;
@@ -109,7 +109,7 @@ impl Attention {
             let (qkv, rope) = (nan(cols)?, nan(self.head_dim)?);
             let mut q = gpu.buffer(DType::Bf16, len, self.units * self.group * self.head_dim)?;
             let slices = vec![Slice { start: 0, len, blocks: blocks.to_vec() }];
-            let step = Step::new(vec![0; len], Batch { slices }, Vec::new());
+            let step = Step::new(vec![Token::Id(0); len], Batch { slices }, Vec::new());
             in_step(gpu, &step, |gpu| gpu.rope_write_kv(&step, &qkv, &rope, LAYER, kv, &mut q))?;
         }
         Ok(())
@@ -120,7 +120,7 @@ impl Attention {
 fn decoded_or_not(gpu: &Cuda, slices: Vec<Slice>) -> Step {
     let decodes = slices.iter().all(|slice| slice.len == 1);
     let sampled = if decodes { slices.len() } else { 0 };
-    let sampled = (0..sampled).map(|row| SampledRow { row, draw: Draw::GREEDY }).collect();
+    let sampled = (0..sampled).map(|row| SampledRow { row, slot: None, draw: Draw::GREEDY }).collect();
     let batch = Batch { slices };
-    gpu.step(vec![0; batch.rows()], batch, sampled)
+    gpu.step(vec![Token::Id(0); batch.rows()], batch, sampled)
 }

@@ -110,6 +110,7 @@ impl Group {
                 .flatten()
                 .map(size)
                 .reduce(|a, b| StepSize { rows: a.rows.max(b.rows), sampled: a.sampled.max(b.sampled) }),
+            steps_in_flight: 1,
             progress: false,
         };
         let gpu = CudaOptions {

@@ -6,8 +6,8 @@ use std::collections::btree_map::Entry;
 use anyhow::{Context, Result, ensure};
 use kernels::cuda::Buffer;
 use kernels::{
-    Backend, Batch, Cuda, CudaOptions, DType, Draw, Error, Partial, QuantizedBlock, SampledRow, Slice, Step,
-    Tree, WeightFormat,
+    Backend, Batch, CHOSEN_COLS, Cuda, CudaOptions, DType, Draw, Error, Partial, QuantizedBlock, SampledRow,
+    Slice, Step, Token, Tree, WeightFormat,
 };
 use serde::Deserialize;
 
@@ -134,7 +134,7 @@ impl Op {
                 let mut out = gpu.buffer(DType::F32, ids.len(), block.cols)?;
                 let step = one_slice(gpu, ids, &[]);
                 in_step(gpu, &step, |gpu| gpu.embed(&step, &table, &mut out))?;
-                outputs.floats(name, block.cols, &out.read(step.ids.len() * block.cols)?);
+                outputs.floats(name, block.cols, &out.read(step.tokens.len() * block.cols)?);
             }
             Op::RmsNorm { x, weight, eps } => {
                 let x = inputs.matrix(x)?;
@@ -191,7 +191,7 @@ impl Op {
             Op::Gather { x, rows } => {
                 let x = inputs.matrix(x)?;
                 let sampled: Vec<_> =
-                    rows.iter().map(|&row| SampledRow { row, draw: Draw::GREEDY }).collect();
+                    rows.iter().map(|&row| SampledRow { row, slot: None, draw: Draw::GREEDY }).collect();
                 let step = one_slice(gpu, vec![0; x.rows], &sampled);
                 let on_gpu = x.on(gpu, DType::F32)?;
                 let mut out = gpu.buffer(DType::F32, step.sampled_rows, x.cols)?;
@@ -206,12 +206,14 @@ impl Op {
                     .enumerate()
                     .map(|(row, &DrawOf { temperature, top_k, top_p, seed, position })| SampledRow {
                         row,
+                        slot: None,
                         draw: Draw { temperature, top_k, top_p, seed, position },
                     })
                     .collect();
                 let step = one_slice(gpu, vec![0; logits.rows], &sampled);
                 let on_gpu = logits.on(gpu, DType::F32)?;
-                in_step(gpu, &step, |gpu| gpu.sample(&step, &on_gpu))?;
+                let mut chosen = gpu.buffer(DType::F32, step.sampled_rows, CHOSEN_COLS)?;
+                in_step(gpu, &step, |gpu| gpu.sample(&step, &on_gpu, &mut chosen))?;
                 let choices = gpu.choices()?;
                 let ids: Vec<u32> = choices.iter().map(|choice| choice.id).collect();
                 let logprobs: Vec<f32> = choices.iter().map(|choice| choice.logprob).collect();
@@ -268,7 +270,7 @@ fn matrices(
 fn one_slice(gpu: &Cuda, ids: Vec<u32>, sampled: &[SampledRow]) -> Step {
     let blocks = vec![0; ids.len().div_ceil(kernels::BLOCK_TOKENS)];
     let slices = vec![Slice { start: 0, len: ids.len(), blocks }];
-    gpu.step(ids, Batch { slices }, sampled.to_vec())
+    gpu.step(ids.into_iter().map(Token::Id).collect(), Batch { slices }, sampled.to_vec())
 }
 
 /// Runs ops within a step.
