@@ -110,6 +110,8 @@ fn on_gpus(args: &[&str], count: usize) -> Option<String> {
         .command(args)
         .env("LD_LIBRARY_PATH", libraries.to_str().expect("UTF-8"))
         .env("PHALANX_EMULATOR_DEVICES", &count.to_string())
+        // All of it becomes KV cache.
+        .env("PHALANX_EMULATOR_MEMORY", &(1_u64 << 30).to_string())
         .env("PHALANX_KERNEL_CACHE", cache.path().to_str().expect("UTF-8"))
         .run();
     assert!(ended.status.success(), "{}", ended.stderr);
@@ -124,6 +126,9 @@ fn a_cluster_of_gpus_answers_alike_at_any_width() {
         .filter_map(|gpus| on_gpus(&[&prompt[..], &["--deterministic"]].concat(), gpus))
         .collect();
     assert!(texts.iter().all(|text| *text == texts[0] && !text.trim().is_empty()), "{texts:?}");
+    // These were a step ahead of what the coordinator knew.
+    let one_step = on_gpus(&[&prompt[..], &["--deterministic", "--steps-in-flight", "1"]].concat(), 2);
+    assert_eq!(one_step.as_ref(), texts.first());
 }
 
 #[test]

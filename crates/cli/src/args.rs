@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use kernels::{CudaOptions, DType, WeightFormat};
-use model::ModelOptions;
+use model::{ModelOptions, StepSize};
 use worker::Device;
 
 /// Which model, and how it is run.
@@ -25,7 +25,7 @@ pub(crate) struct ModelArgs {
     /// Tokens that a prompt and its answer may have together [default: what the model was made for]
     #[arg(long, value_name = "N")]
     pub(crate) max_context: Option<usize>,
-    /// Memory of each worker's KV cache, such as 512MiB or 4GiB [default: four contexts, at most a quarter of the free memory]
+    /// Memory of each worker's KV cache, such as 512MiB or 4GiB [default: on GPUs all that is left, else four contexts, at most a quarter of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) kv_memory: Option<u64>,
     /// What each worker computes on: cpu, cuda (GPU 0, 1, … of this machine in turn) or cuda:N (one GPU by its number)
@@ -43,6 +43,13 @@ pub(crate) struct ModelArgs {
     /// Rows of one step: decoding sequences and chunks of prompts; of a group's workers and coordinator alike [default: 512, on GPUs 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) max_batch_tokens: Option<u32>,
+    /// Sequences that run at once; of a group's workers and coordinator alike [default: 64, on GPUs 256]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) max_sequences: Option<u32>,
+    /// Steps that a worker takes before the first of them has ended: with 2 it begins the next one without waiting to be told what it
+    /// just sampled [default: 1, on GPUs 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps_in_flight: Option<usize>,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -124,6 +131,16 @@ impl ModelArgs {
         self.max_batch_tokens.unwrap_or(if self.on_gpu() { 4096 } else { 512 })
     }
 
+    /// Sequences that run at once.
+    pub(crate) fn max_sequences(&self) -> u32 {
+        self.max_sequences.unwrap_or(if self.on_gpu() { 256 } else { 64 })
+    }
+
+    fn largest_step(&self) -> StepSize {
+        let rows = self.max_batch_tokens() as usize;
+        StepSize { rows, sampled: rows.min(self.max_sequences() as usize) }
+    }
+
     fn on_gpu(&self) -> bool {
         matches!(self.device, DeviceArg::Cuda(_))
     }
@@ -162,7 +179,9 @@ impl ModelArgs {
             kv_dtype: self.kv_dtype.unwrap_or(self.dtype).into(),
             max_context: self.max_context,
             kv_memory: self.kv_memory,
-            step_rows: self.on_gpu().then(|| self.max_batch_tokens() as usize),
+            largest_step: self.on_gpu().then(|| self.largest_step()),
+            // On the CPU a step takes far longer than a message.
+            steps_in_flight: self.steps_in_flight.unwrap_or(if self.on_gpu() { 2 } else { 1 }),
             progress,
         }
     }
@@ -183,6 +202,8 @@ impl ModelArgs {
         push("--kv-dtype", self.kv_dtype.map(name));
         push("--max-context", self.max_context.map(|n| n.to_string()));
         push("--max-batch-tokens", Some(self.max_batch_tokens().to_string()));
+        push("--max-sequences", Some(self.max_sequences().to_string()));
+        push("--steps-in-flight", self.steps_in_flight.map(|n| n.to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
         if let DeviceArg::Cuda(number) = self.device {

@@ -12,7 +12,7 @@ use crate::signals::Signals;
 #[derive(Debug, Args)]
 pub(crate) struct TargetArgs {
     /// A running server's address; without it a cluster of this command's own starts on this machine and ends with it
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "workers", "dtype", "kv_dtype", "max_context", "kv_memory", "threads", "device", "max_batch_tokens", "deterministic", "weights", "gpu_memory_utilization"])]
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "workers", "dtype", "kv_dtype", "max_context", "kv_memory", "threads", "device", "max_batch_tokens", "max_sequences", "deterministic", "weights", "gpu_memory_utilization"])]
     server: Option<String>,
     #[command(flatten)]
     cluster: EmbeddedArgs,

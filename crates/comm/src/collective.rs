@@ -113,6 +113,12 @@ pub trait Collective<B> {
     /// Collects runs of columns on rank `root`: `x` is f32 `[rows, counts[rank]]`, `out` on the root `[rows, Σ counts]`
     /// (untouched elsewhere).
     fn gather(&mut self, root: usize, rows: usize, x: &B, counts: &[usize], out: &mut B) -> Result<()>;
+    /// Copies the first `len` elements of `x`, f32, from rank `root` to all others. They travel as bits, whatever these stand for.
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut B) -> Result<()>;
+    /// A step of the model begins; steps before it may still run on the device. Tells what [`Collective::check`] does.
+    fn begin_step(&mut self) -> Result<()> {
+        self.check()
+    }
     /// Whether a call only begins work on the device, so that a backend may record it with the ops around it.
     fn can_be_recorded(&self) -> bool {
         false

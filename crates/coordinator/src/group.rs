@@ -57,8 +57,27 @@ pub(crate) enum Effect {
 pub(crate) struct Standing {
     pub(crate) epoch: Epoch,
     pub(crate) report: ModelReport,
-    /// KV blocks that every rank has.
+    /// What every rank has.
+    pub(crate) capacity: Capacity,
+}
+
+/// What a rank that has loaded its share can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    /// KV blocks.
     pub(crate) kv_blocks: u32,
+    /// Steps before the first of them has ended.
+    pub(crate) steps_in_flight: u32,
+}
+
+impl Capacity {
+    /// What both can take.
+    fn common(self, other: Self) -> Self {
+        Self {
+            kv_blocks: self.kv_blocks.min(other.kv_blocks),
+            steps_in_flight: self.steps_in_flight.min(other.steps_in_flight),
+        }
+    }
 }
 
 /// The workers of one coordinator and the group that they form.
@@ -86,7 +105,7 @@ enum Phase {
 #[derive(Debug)]
 struct Muster {
     formation: Formation,
-    kv_blocks: BTreeMap<WorkerId, u32>,
+    ready: BTreeMap<WorkerId, Capacity>,
     attached: BTreeSet<WorkerId>,
 }
 
@@ -141,19 +160,18 @@ impl Group {
             Effect::Assign(*worker, assignment)
         };
         let effects = formation.workers.iter().enumerate().map(assign).collect();
-        self.phase =
-            Phase::Loading(Muster { formation, kv_blocks: BTreeMap::new(), attached: BTreeSet::new() });
+        self.phase = Phase::Loading(Muster { formation, ready: BTreeMap::new(), attached: BTreeSet::new() });
         effects
     }
 
     /// A worker has loaded its share.
-    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, kv_blocks: u32) -> Vec<Effect> {
-        if kv_blocks == 0 {
+    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, capacity: Capacity) -> Vec<Effect> {
+        if capacity.kv_blocks == 0 {
             return self.fail(worker, epoch, "has no room for KV blocks");
         }
         match &mut self.phase {
             Phase::Loading(muster) if epoch == self.epoch && muster.formation.workers.contains(&worker) => {
-                muster.kv_blocks.insert(worker, kv_blocks);
+                muster.ready.insert(worker, capacity);
                 self.serve()
             }
             _ => Vec::new(),
@@ -174,19 +192,24 @@ impl Group {
 
     /// Once all ranks are ready and attached, steps can run.
     pub(crate) fn serve(&mut self) -> Vec<Effect> {
-        let muster = match std::mem::replace(&mut self.phase, Phase::Waiting) {
-            Phase::Loading(m) if m.kv_blocks.len() == self.width && m.attached.len() == self.width => m,
+        let (muster, capacity) = match std::mem::replace(&mut self.phase, Phase::Waiting) {
+            Phase::Loading(m)
+                if m.ready.len() == self.width
+                    && m.attached.len() == self.width
+                    && let Some(capacity) = m.ready.values().copied().reduce(Capacity::common) =>
+            {
+                (m, capacity)
+            }
             phase => {
                 self.phase = phase;
                 return Vec::new();
             }
         };
         let report = muster.formation.report.clone();
-        let kv_blocks = muster.kv_blocks.values().copied().min().unwrap_or(0);
         self.failure = None;
         self.served = Some(report.clone());
         self.phase = Phase::Serving(muster);
-        vec![Effect::Serve(Standing { epoch: self.epoch, report, kv_blocks })]
+        vec![Effect::Serve(Standing { epoch: self.epoch, report, capacity })]
     }
 
     /// A worker is gone.
@@ -285,15 +308,19 @@ mod tests {
         Epoch { term: 9, counter }
     }
 
+    fn capacity(kv_blocks: u32, steps_in_flight: u32) -> Capacity {
+        Capacity { kv_blocks, steps_in_flight }
+    }
+
     fn serving() -> (Group, WorkerId, WorkerId) {
         let (mut group, first, second) = group_of_two();
         assert_eq!(group.muster().len(), 2);
         assert_eq!(group.state(), Some(State::Loading));
-        for (worker, kv_blocks) in [(first, 10), (second, 7)] {
-            assert!(group.attach(worker, epoch(1)));
-            let effects = group.ready(worker, epoch(1), kv_blocks);
-            assert_eq!(effects.is_empty(), worker == first);
-        }
+        assert!(group.attach(first, epoch(1)) && group.attach(second, epoch(1)));
+        assert_eq!(group.ready(first, epoch(1), capacity(10, 1)), []);
+        let effects = group.ready(second, epoch(1), capacity(7, 2));
+        let standing = Standing { epoch: epoch(1), report: report(), capacity: capacity(7, 1) };
+        assert_eq!(effects, [Effect::Serve(standing)]);
         assert_eq!(group.sampler(), Some((epoch(1), first)));
         (group, first, second)
     }
@@ -309,7 +336,7 @@ mod tests {
         assert!(matches!(&effects[0], Effect::Assign(worker, a) if *worker == first && a.epoch == epoch(2)));
         assert!(matches!(&effects[1], Effect::Assign(worker, a) if *worker == third && a.rank == 1));
         // What comes late from the epoch before changes nothing.
-        assert_eq!(group.ready(first, epoch(1), 10), []);
+        assert_eq!(group.ready(first, epoch(1), capacity(10, 1)), []);
         assert_eq!(group.fail(first, epoch(1), "late"), []);
         assert!(!group.attach(first, epoch(1)));
         assert_eq!(group.state(), Some(State::Loading));

@@ -6,8 +6,8 @@
 //! (their SONAMEs are the names that are looked for).
 //!
 //! What can be set, by environment variables that the libraries read:
-//! - `PHALANX_EMULATOR_ORDER` = `forward`, `reverse`, `shuffled`: the order of a block's threads, and when a `cp.async` lands.
-//!   What depends on it lacks a barrier or a wait;
+//! - `PHALANX_EMULATOR_ORDER` = `forward`, `reverse`, `shuffled`: the order of a block's threads, and when a `cp.async` lands. By
+//!   default each block takes one of these by chance. What depends on it lacks a barrier or a wait;
 //! - `PHALANX_EMULATOR_LATE=1`: what is submitted to a stream runs not before somebody waits for it. What breaks lacks a wait;
 //! - `PHALANX_EMULATOR_DEVICES` (1) and `PHALANX_EMULATOR_MEMORY` (4 GiB, in bytes, for each device).
 

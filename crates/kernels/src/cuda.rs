@@ -58,13 +58,13 @@ pub use self::usage::KernelUsage;
 
 use self::device::Device;
 use self::linear::{Products, SUMS_BYTES};
-use self::memory::{Arena, Scratch};
+use self::memory::{Arena, Memory, Scratch};
 use self::pack::Packer;
 use self::record::{Record, Records};
 use self::step::{LARGEST_BUCKET, Plan};
 use self::transfer::{Choices, Words};
 use self::wide::{WIDE_ROWS, Wide};
-use crate::{CudaOptions, Error, Result, Step, WeightFormat};
+use crate::{CudaOptions, Error, MAX_SLOTS, Result, Step, WeightFormat};
 
 /// Weights are put into allocations of this size, so that few bytes are lost to the driver's pages.
 const ARENA_CHUNK_BYTES: usize = 256 << 20;
@@ -98,8 +98,10 @@ pub struct Cuda {
     choices: Choices,
     /// The step that ops are called for.
     plan: Option<Plan>,
-    /// Whether they chose tokens.
-    samples: bool,
+    /// Where they leave the tokens that they choose, if they do.
+    chosen: Option<u64>,
+    /// Ids by slot, as they were last kept.
+    last_sampled: Memory,
     records: Records,
     /// Sums of units, and partial results of attention.
     products: Scratch,
@@ -144,7 +146,8 @@ impl Cuda {
             words: Words::new(&device)?,
             choices: Choices::new(&device)?,
             plan: None,
-            samples: false,
+            chosen: None,
+            last_sampled: Memory::zeroed(&device, "ids by slot", MAX_SLOTS * size_of::<u32>())?,
             records: Records::default(),
             products: Scratch::new(&device),
             attention: RefCell::new(Scratch::new(&device)),
@@ -254,7 +257,7 @@ impl Cuda {
         let called = body(self);
         let graph = record::end(&self.device);
         called?;
-        Ok(Record::new(graph?, std::mem::take(&mut self.samples)))
+        Ok(Record::new(graph?, self.chosen.take()))
     }
 }
 

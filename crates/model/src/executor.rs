@@ -4,21 +4,30 @@ use std::collections::VecDeque;
 use std::fmt::Display;
 
 use comm::Collective;
-use engine::{Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan};
-use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step};
+use engine::{
+    Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan, Tokens,
+};
+use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step, Token};
 
 use crate::error::{Error, Result};
 use crate::forward::Model;
+use crate::slots::Slots;
 
 /// Rows of one plan: more than any sensible step, little enough that a false plan cannot exhaust memory.
 const MAX_ROWS: usize = 65_536;
 
 /// One rank of a group, driven by one thread.
 pub trait Executor {
-    /// Starts a step. Every rank of the group is given the same plans in the same order.
+    /// Steps that may be launched before the oldest of them was polled; at least 1.
+    fn steps_in_flight(&self) -> usize;
+    /// Starts a step, which may go on with what the ones before it sample. Every rank of the group is given the same plans in the same
+    /// order.
     fn launch(&mut self, plan: &StepPlan) -> Result<()>;
     /// Waits for the oldest step that was not polled yet: on the sampling rank its output, elsewhere none.
     fn poll(&mut self) -> Result<Option<StepOutput>>;
+    /// Whether [`Executor::poll`] would not wait. While a step is in flight this is to be asked again and again: in between, a device
+    /// that waits for other ranks looks after them.
+    fn is_ready(&mut self) -> Result<bool>;
     /// KV blocks that this rank can hold.
     fn kv_blocks(&self) -> usize;
     /// Bytes of weights that this rank reads for a decoded token.
@@ -34,11 +43,13 @@ pub(crate) struct Limits {
     pub(crate) block_size: usize,
 }
 
-/// Runs plans on one backend. Steps may be launched before earlier ones were polled, as many as the backend takes.
+/// Runs plans on one backend.
 pub struct ModelExecutor<B: Backend, C> {
     model: Model<B, C>,
     kv_shape: KvShape,
     limits: Limits,
+    steps_in_flight: usize,
+    slots: Slots,
     /// Launched and not polled yet.
     running: VecDeque<Running>,
 }
@@ -52,8 +63,8 @@ struct Running {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
-    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits) -> Self {
-        Self { model, kv_shape, limits, running: VecDeque::new() }
+    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits, steps_in_flight: usize) -> Self {
+        Self { model, kv_shape, limits, steps_in_flight, slots: Slots::default(), running: VecDeque::new() }
     }
 
     /// The backend, for measurements between steps.
@@ -83,15 +94,22 @@ impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
 
     fn step(&self, plan: &StepPlan) -> Result<Step> {
         self.limits.check(plan)?;
-        let ids = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        Ok(self.model.step(ids, batch(plan), sampled_rows(plan)))
+        if let Some((seq, what)) = self.slots.fault(plan) {
+            return Err(refused(plan, format!("sequence {seq}: {what}")));
+        }
+        Ok(self.model.step(tokens(plan), batch(plan), sampled_rows(plan)))
     }
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
+    fn steps_in_flight(&self) -> usize {
+        self.steps_in_flight
+    }
+
     fn launch(&mut self, plan: &StepPlan) -> Result<()> {
         let step = self.step(plan)?;
         self.model.begin(&step)?;
+        self.slots.note(plan);
         if self.model.samples() {
             let sampled = plan.slices.iter().filter(|slice| slice.sampling.is_some());
             let sequences = sampled.map(|slice| slice.seq).collect();
@@ -109,6 +127,13 @@ impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
         Ok(Some(StepOutput { epoch, step, tokens }))
     }
 
+    fn is_ready(&mut self) -> Result<bool> {
+        match self.running.front() {
+            Some(oldest) if !oldest.sequences.is_empty() => self.model.choices_are_there(),
+            _ => Ok(true),
+        }
+    }
+
     fn kv_blocks(&self) -> usize {
         self.limits.kv_blocks
     }
@@ -121,14 +146,13 @@ impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
 impl Limits {
     /// A plan comes over the network: nothing in it may reach past a buffer.
     fn check(&self, plan: &StepPlan) -> Result<()> {
-        let refuse = |what: String| Err(Error::Plan { step: plan.step.0, what });
         let rows = plan.rows();
         if rows == 0 || rows > MAX_ROWS {
-            return refuse(format!("it has {rows} rows, allowed are 1 to {MAX_ROWS}"));
+            return Err(refused(plan, format!("it has {rows} rows, allowed are 1 to {MAX_ROWS}")));
         }
         for slice in &plan.slices {
             if let Some(what) = self.fault(slice) {
-                return refuse(format!("sequence {}: {what}", slice.seq));
+                return Err(refused(plan, format!("sequence {}: {what}", slice.seq)));
             }
         }
         Ok(())
@@ -145,7 +169,9 @@ impl Limits {
         if end > self.max_context {
             return above("positions up to", &end, self.max_context);
         }
-        if let Some(id) = slice.tokens.iter().find(|&&id| id as usize >= self.vocabulary) {
+        if let Tokens::Ids(ids) = &slice.tokens
+            && let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocabulary)
+        {
             return above("token id", id, self.vocabulary - 1);
         }
         if let Some(block) = slice.blocks.iter().find(|block| block.0 as usize >= self.kv_blocks) {
@@ -160,6 +186,20 @@ impl Limits {
         }
         None
     }
+}
+
+fn refused(plan: &StepPlan, what: String) -> Error {
+    Error::Plan { step: plan.step.0, what }
+}
+
+fn tokens(plan: &StepPlan) -> Vec<Token> {
+    let slices = plan.slices.iter();
+    slices
+        .flat_map(|slice| match &slice.tokens {
+            Tokens::Ids(ids) => ids.iter().copied().map(Token::Id).collect(),
+            Tokens::LastSampled => vec![Token::LastSampled(slice.slot.0)],
+        })
+        .collect()
 }
 
 fn batch(plan: &StepPlan) -> Batch {
@@ -179,7 +219,8 @@ fn sampled_rows(plan: &StepPlan) -> Vec<SampledRow> {
         end += slice.tokens.len();
         if let Some(Sampling { params, position }) = slice.sampling {
             let SamplingParams { temperature, top_k, top_p, seed } = params;
-            rows.push(SampledRow { row: end - 1, draw: Draw { temperature, top_k, top_p, seed, position } });
+            let draw = Draw { temperature, top_k, top_p, seed, position };
+            rows.push(SampledRow { row: end - 1, slot: plan.keep_sampled.then_some(slice.slot.0), draw });
         }
     }
     rows

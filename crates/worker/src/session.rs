@@ -6,7 +6,7 @@ use std::time::Duration;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
-use cluster::{Assignment, decode_plan};
+use cluster::{Assignment, MAX_STEPS_IN_FLIGHT, decode_plan};
 use engine::Epoch;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -19,8 +19,8 @@ use crate::executor::{ExecutorThread, Progress};
 use crate::join::{Joined, is_refusal, send};
 use crate::load::Load;
 
-/// Outputs on their way up. One step is in flight at a time.
-const OUTPUTS_BUFFERED: usize = 4;
+/// Outputs on their way up: more than there are steps in flight, so that nothing waits here.
+const OUTPUTS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize;
 /// How long a worker that leaves waits for the coordinator to take note.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Longer reasons are cut: the protocol limits them.
@@ -170,10 +170,14 @@ impl<L: Load> Membership<L> {
     /// News of the executor thread.
     async fn report(&mut self, epoch: Epoch, progress: Option<Progress>) -> Result<(), End> {
         match progress {
-            Some(Progress::Ready { kv_blocks, weight_bytes }) => {
-                info!(%epoch, kv_blocks, weight_bytes, "loaded");
-                let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
-                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes };
+            Some(Progress::Ready { kv_blocks, weight_bytes, steps_in_flight }) => {
+                info!(%epoch, kv_blocks, weight_bytes, steps_in_flight, "loaded");
+                let ready = Ready {
+                    epoch: Some(epoch.into()),
+                    kv_blocks: u32::try_from(kv_blocks).unwrap_or(u32::MAX),
+                    weight_bytes,
+                    steps_in_flight: u32::try_from(steps_in_flight).unwrap_or(u32::MAX),
+                };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;
             }

@@ -1,6 +1,7 @@
 //! `phalanx bench gpu`: decoding, prefill and attention of a model of random weights on one GPU, as shares of what the GPU reaches in
 //! the same run. No checkpoint is needed, and none is written.
 
+#[cfg(feature = "cuda")]
 mod counts;
 #[cfg(feature = "cuda")]
 mod measure;
@@ -114,7 +115,7 @@ impl GpuArgs {
             FormatArg::Int4 => Some(4),
         };
         let config = config.with_quantization(bits).map_err(|expected| {
-            anyhow::anyhow!("--weights: {name} cannot be quantised, which takes {expected}")
+            anyhow::anyhow!("--weights {}: {name} does not suit it, which takes {expected}", format.name())
         })?;
         Ok((name, config))
     }
@@ -143,6 +144,7 @@ impl GpuArgs {
 
     #[cfg(not(feature = "cuda"))]
     pub(super) fn run(self) -> Result<()> {
+        self.weights.iter().try_for_each(|&format| self.model(format).map(drop))?;
         kernels::gpus().map(drop).context("phalanx bench gpu")
     }
 }

@@ -20,11 +20,6 @@ impl Spread {
         let (Some(&min), Some(&max)) = (sorted.first(), sorted.last()) else { return Self::default() };
         Self { median: sorted[sorted.len() / 2], min, max }
     }
-
-    /// The same in another unit.
-    pub(crate) fn scaled(self, factor: f64) -> Self {
-        Self { median: factor * self.median, min: factor * self.min, max: factor * self.max }
-    }
 }
 
 /// As the format's precision says: `median [min–max]`.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use comm::{LocalTransport, MeshCollective, Transport, local_group};
 use engine::{
-    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, rank_ranges,
+    BlockId, Epoch, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, Tokens, rank_ranges,
 };
 use kernels::cpu::read_bandwidth;
 use kernels::{Backend, Cpu};
@@ -139,7 +139,7 @@ fn step(args: &StepArgs) -> Result<Figures> {
         blocks: (0..blocks_each).map(|i| BlockId((seq * blocks_each + i) as u32)).collect(),
         sampling: sampled
             .then(|| Sampling { params: SamplingParams::GREEDY, position: (start + tokens.len()) as u32 }),
-        tokens,
+        tokens: Tokens::Ids(tokens),
     };
 
     let mut prefill_times = Vec::new();
@@ -270,7 +270,8 @@ impl Group {
 
     /// Runs one step on all ranks; returns the sampled ids.
     fn run(&mut self, slices: Vec<SeqSlice>) -> Result<Vec<u32>> {
-        let plan = StepPlan { epoch: Epoch::default(), step: StepId(self.steps), slices };
+        let plan =
+            StepPlan { epoch: Epoch::default(), step: StepId(self.steps), keep_sampled: false, slices };
         self.steps += 1;
         for rank in &self.plans {
             rank.send(plan.clone()).map_err(|_| anyhow!("a rank has ended"))?;

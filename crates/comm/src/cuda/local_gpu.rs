@@ -36,8 +36,8 @@ impl Drop for LocalGpuSeat {
 ///
 /// Kernels wait for each other on the device, so all ranks must be able to run at once. What makes the driver wait for a whole
 /// device (freeing memory, loading a kernel) must therefore not fall between one rank's launch and another's: the threads meet
-/// before they launch, and again after. A recorded call does not meet; between the steps that are replayed nothing of the kind
-/// happens. Drop this before other memory of the device is freed, so that the others see it go. Several ranks on one device need a hardware
+/// before they launch, and again after. A recorded call does not meet; within a step that is replayed nothing of the kind
+/// happens, and before the next step begins they meet once more. Drop this before other memory of the device is freed, so that the others see it go. Several ranks on one device need a hardware
 /// queue each: set `CUDA_DEVICE_MAX_CONNECTIONS=32` for more than four.
 #[derive(Debug)]
 pub struct LocalGpu {
@@ -136,6 +136,20 @@ impl Collective<Buffer> for LocalGpu {
             it.ranges.check_gather(root, counts)?;
             Ok(it.one_shot.gather(root, rows, x, counts, out)?)
         })
+    }
+
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        self.call(Call::Broadcast { root, len }, |it| {
+            it.ranges.check_broadcast(root)?;
+            Ok(it.one_shot.broadcast(root, len, x)?)
+        })
+    }
+
+    fn begin_step(&mut self) -> Result<()> {
+        self.check()?;
+        let met = self.seat.meeting.meet(self.seat.rank, Call::Step, &self.abort);
+        self.lost = met.is_err();
+        met
     }
 
     fn can_be_recorded(&self) -> bool {

@@ -207,6 +207,13 @@ impl<T: Transport> Collective<Buffer> for NcclCollective<T> {
             .call(checked, |communicator, go_on| communicator.gather(root, rows, x, counts, out, go_on))
     }
 
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        let checked = self.ranges.check_broadcast(root);
+        self.group
+            .borrow_mut()
+            .call(checked, |communicator, go_on| communicator.broadcast(root, len, x, go_on))
+    }
+
     /// Records hold the communicator: they are of no use once it was aborted.
     fn can_be_recorded(&self) -> bool {
         true

@@ -119,6 +119,34 @@ fn gathers<K: Kind>() {
     }
 }
 
+/// From every rank, in place; what is behind the elements that count stays.
+fn broadcasts<K: Kind>() {
+    for len in [0, 1, 7, 1025, 20_000] {
+        let size = 3;
+        let sent = |root: usize, index: usize| match index {
+            // Bits that are no ordinary numbers: small integers, and a NaN's payload.
+            0 => 17,
+            1 => 0xffff_fff0 + root as u32,
+            _ => value(root as u64, root, index).to_bits(),
+        };
+        each_rank(K::group(size), |rank, end| {
+            let (site, mut collective) = one_unit_each::<K>(end, size).unwrap();
+            // Memory of a device is not freed while others that are on it wait for this rank.
+            let mut kept = Vec::new();
+            for root in 0..size {
+                let own = |index| if rank == root { sent(root, index) } else { 7 };
+                let own: Vec<f32> = (0..len + 2).map(own).map(f32::from_bits).collect();
+                let mut x = K::buffer(&site, &own);
+                collective.broadcast(root, len, &mut x).unwrap();
+                let expected = (0..len).map(|index| sent(root, index)).chain(bits(&own[len..]));
+                assert_eq!(bits(&K::values(&x)), expected.collect::<Vec<_>>(), "{len} from rank {root}");
+                kept.push(x);
+            }
+            drop(collective);
+        });
+    }
+}
+
 /// Sums and gathers in turn stay in step, though some ranks run ahead.
 fn mixed_calls<K: Kind>() {
     let size = 3;
@@ -229,6 +257,9 @@ fn false_arguments_are_errors<K: Kind>() {
     assert!(refused(2, 9));
     assert!(refused(3, 8));
     assert!(refused(1, 8));
+    let (site, mut collective) = join(&[0..2]).unwrap();
+    let error = collective.broadcast(1, 1, &mut K::buffer(&site, &[1.0])).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }), "{error}");
 }
 
 macro_rules! suite {
@@ -256,7 +287,7 @@ macro_rules! suite {
     };
     ($name:ident, $kind:ty, $cases:literal) => {
         suite!($name, $kind, $cases, [
-            all_widths, large_messages, gathers, mixed_calls, abort_frees_a_blocked_rank, a_lost_peer_is_named,
+            all_widths, large_messages, gathers, broadcasts, mixed_calls, abort_frees_a_blocked_rank, a_lost_peer_is_named,
             a_peer_may_leave_after_its_last_call, different_calls_are_noticed, false_arguments_are_errors
         ]);
     };
@@ -283,6 +314,7 @@ mod gpu {
             all_widths,
             large_messages,
             gathers,
+            broadcasts,
             mixed_calls,
             a_peer_may_leave_after_its_last_call,
             false_arguments_are_errors

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use comm::cuda::{LocalGpu, NcclCollective, local_gpu_group};
 use comm::{AbortHandle, Collective, Error, LocalTransport, Transport};
 use kernels::cuda::{Buffer, Missed, OneShot};
-use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Tree};
+use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Token, Tree};
 
 use crate::gpu::{buffer, open, values};
 use crate::groups::{Kind, LONG, each_rank};
@@ -63,22 +63,29 @@ fn a_kernel_does_not_wait_for_ever() {
 fn decoding(cuda: &Cuda) -> Step {
     let slice = Slice { start: 0, len: 1, blocks: vec![0] };
     let draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, position: 0 };
-    cuda.step(vec![0], Batch { slices: vec![slice] }, vec![SampledRow { row: 0, draw }])
+    cuda.step(
+        vec![Token::Id(0)],
+        Batch { slices: vec![slice] },
+        vec![SampledRow { row: 0, slot: None, draw }],
+    )
 }
 
-/// Begins a step that only reduces, so that it may be recorded.
-fn reducing_step(
+/// Begins a step that only reduces and broadcasts, so that it may be recorded.
+fn collective_step(
     cuda: &mut Cuda,
     collective: &mut impl Collective<Buffer>,
     partials: &[Partial<Buffer>],
     out: &mut Buffer,
+    shared: &mut Buffer,
 ) {
     let step = decoding(cuda);
     let tree = Tree { units: collective.size() };
+    collective.begin_step().unwrap();
     let run = cuda.run(&step, collective.can_be_recorded(), |_| {
         // Two in one step.
         collective.tree_reduce(tree, 3000, partials, out).map_err(words)?;
-        collective.tree_reduce(tree, 3000, partials, out).map_err(words)
+        collective.tree_reduce(tree, 3000, partials, out).map_err(words)?;
+        collective.broadcast(1, 2, shared).map_err(words)
     });
     run.unwrap();
     cuda.synchronize().unwrap();
@@ -98,11 +105,14 @@ fn replays<K: Kind<Site = Cuda, Buffer = Buffer>>() {
         let shape = KvShape { layers: 1, units: 1, group: 1, head_dim: 64, dtype: DType::Bf16 };
         let _kv = cuda.kv_cache(shape, 4).unwrap();
         let mut partials = [Partial { units: rank..rank + 1, sum: buffer(&cuda, &[0.0; 3000]) }];
-        let mut out = buffer(&cuda, &[0.0; 3000]);
+        let (mut out, mut shared) = (buffer(&cuda, &[0.0; 3000]), buffer(&cuda, &[0.0; 3]));
         for turn in 0..6 {
             let value = (turn * SIZE + rank) as f32;
             partials[0].sum.write(&[value; 3000]).unwrap();
-            reducing_step(&mut cuda, &mut collective, &partials, &mut out);
+            shared.write(&[value; 3]).unwrap();
+            collective_step(&mut cuda, &mut collective, &partials, &mut out, &mut shared);
+            let sent = (turn * SIZE + 1) as f32;
+            assert_eq!(values(&shared), [sent, sent, value], "turn {turn}");
             let expected: f32 = (0..SIZE).map(|rank| (turn * SIZE + rank) as f32).sum();
             assert_eq!(values(&out), [expected; 3000], "turn {turn}");
         }
@@ -138,9 +148,9 @@ fn a_rank_that_stops_replaying_is_noticed() {
         let shape = KvShape { layers: 1, units: 1, group: 1, head_dim: 64, dtype: DType::Bf16 };
         let _kv = cuda.kv_cache(shape, 4).unwrap();
         let partials = [Partial { units: rank..rank + 1, sum: buffer(&cuda, &[1.0; 3000]) }];
-        let mut out = buffer(&cuda, &[0.0; 3000]);
+        let (mut out, mut shared) = (buffer(&cuda, &[0.0; 3000]), buffer(&cuda, &[0.0; 2]));
         for _ in 0..4 {
-            reducing_step(&mut cuda, &mut collective, &partials, &mut out);
+            collective_step(&mut cuda, &mut collective, &partials, &mut out, &mut shared);
         }
         if rank == 1 {
             // Before memory is freed, which waits for the other's kernel where both are on one device.

@@ -37,7 +37,7 @@ EXPORT CUresult cuEventRecord(CUevent event, CUstream handle) {
         return stream->capture->valid ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     }
     auto mark = std::make_shared<Mark>();
-    mark->stream = stream;
+    mark->stream = stream->shared_from_this();
     event->mark = mark;
     event->capture = nullptr;
     return submit(*stream, [mark] {

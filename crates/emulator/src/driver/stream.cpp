@@ -21,15 +21,15 @@ bool runs_late() {
 
 static Stream* default_stream(Device* device) {
     static std::mutex mutex;
-    static std::map<Device*, Stream*>* streams = new std::map<Device*, Stream*>();
+    static auto* streams = new std::map<Device*, std::shared_ptr<Stream>>();
     std::lock_guard<std::mutex> lock(mutex);
-    Stream*& stream = (*streams)[device];
+    std::shared_ptr<Stream>& stream = (*streams)[device];
     if (stream == nullptr) {
-        stream = new Stream();
+        stream = std::make_shared<Stream>();
         stream->device = device;
         stream->legacy = true;
     }
-    return stream;
+    return stream.get();
 }
 
 Stream* find_stream(CUstream handle) {
@@ -91,7 +91,7 @@ void finish(Mark& mark) {
 }
 
 static void finish_streams(Device* device, bool all) {
-    for (Stream* stream : handles<Stream>().all()) {
+    for (const std::shared_ptr<Stream>& stream : handles<Stream>().all()) {
         if (stream->device == device && stream->capture == nullptr && (all || stream->blocking())) {
             finish(*stream);
         }

@@ -36,7 +36,7 @@ struct Capture {
     Graph graph;
 };
 
-struct Stream {
+struct Stream : std::enable_shared_from_this<Stream> {
     Device* device = nullptr;
     unsigned flags = 0;
     int priority = 0;
@@ -52,7 +52,7 @@ struct Stream {
 
 // The point in a stream that an event was last recorded at.
 struct Mark {
-    Stream* stream = nullptr;
+    std::shared_ptr<Stream> stream;
     std::atomic<bool> done{false};
     unsigned long long nanoseconds = 0;
 };

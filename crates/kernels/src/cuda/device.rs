@@ -218,6 +218,15 @@ impl Device {
         result
     }
 
+    /// Whether the device has come to `event`; whoever asks waits for it.
+    pub(crate) fn has_come_to(&self, event: &CudaEvent) -> Result<bool> {
+        if let Some(mut look) = self.watcher.take() {
+            look();
+            self.watcher.replace(Some(look));
+        }
+        event.try_is_complete().map_err(|e| failed("waiting for the GPU", e))
+    }
+
     /// Loads a compiled file of kernels.
     pub(crate) fn load(&self, image: &[u8]) -> Result<()> {
         let image = cudarc::nvrtc::Ptx::from_binary(image.to_vec());

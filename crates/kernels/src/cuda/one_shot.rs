@@ -187,6 +187,25 @@ impl OneShot {
         unsafe { self.device.launch("one_shot_gather", grid(longest), arguments) }
     }
 
+    /// Begins to copy the first `len` elements of `x`, f32, from rank `root` to all others, as bits: every rank gathers the columns of
+    /// the one that has any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a too short buffer or a root that is not of this group.
+    pub fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        const OP: &str = "broadcast";
+        if root >= self.group.size as usize || len > MAX_GATHERED {
+            let detail = format!("{len} elements of rank {root} of {}", self.group.size);
+            return Err(Error::Shape { op: OP, detail });
+        }
+        let x = x.floats(OP, &self.device, len)?;
+        let mut columns = Columns { count: [0; MAX_RANKS], root: self.rank as i32, unused: 0 };
+        columns.count[root] = len as i32;
+        let arguments = self.gather_arguments(x, columns, 1, x, len);
+        // SAFETY: as above. The root's elements are written where they were read, by the same threads.
+        unsafe { self.device.launch("one_shot_gather", grid(len), arguments) }
+    }
+
     /// Why a call that the device has ended gave no result; then no later one does.
     pub fn missed(&self) -> Option<Missed> {
         self.board.missed(self.rank)

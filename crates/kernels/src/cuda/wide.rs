@@ -139,7 +139,7 @@ impl Wide {
 /// Cuts `n` rows of `k` elements into few slices of about the same size, each of which fits into the scratch memory.
 fn slices(n: usize, k: usize) -> impl Iterator<Item = Range<usize>> {
     let most = (UNPACKED_BYTES / (2 * k.max(1)) / GRAIN * GRAIN).max(GRAIN);
-    let each = n.div_ceil(n.div_ceil(most).max(1)).max(1).next_multiple_of(GRAIN);
+    let each = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(GRAIN).max(GRAIN);
     (0..n).step_by(each).map(move |start| start..n.min(start + each))
 }
 

@@ -164,7 +164,8 @@ impl Session<'_> {
             max_context: None,
             // A block: each measurement takes what it needs.
             kv_memory: Some(kv_token_bytes(&config.shape) * kernels::BLOCK_TOKENS as u64),
-            step_rows: None,
+            largest_step: None,
+            steps_in_flight: 2,
             progress: false,
         };
         let source = ModelSource::random(&name, config.clone(), options)?;
@@ -237,7 +238,7 @@ impl Session<'_> {
         context: u32,
     ) -> Result<Decode> {
         let times = runner.decode(batch as usize, context as usize, self.args.steps as usize)?;
-        let ms = times.steps.scaled(1e3);
+        let ms = times.steps;
         let weight_bytes = runner.weight_bytes();
         let kv_bytes = u64::from(batch) * u64::from(context) * kv_token_bytes(&runner.shape());
         Ok(Decode {
@@ -246,8 +247,8 @@ impl Session<'_> {
             batch,
             context,
             ms,
-            device_ms: 1e3 * times.by_device,
-            single_ms: times.alone.scaled(1e3),
+            device_ms: times.by_device,
+            single_ms: times.alone,
             tokens_per_second: 1e3 * f64::from(batch) / ms.median,
             weight_bytes,
             kv_bytes,
@@ -264,7 +265,7 @@ impl Session<'_> {
         tokens: u32,
     ) -> Result<Prefill> {
         let chunk = self.args.max_batch_tokens;
-        let ms = runner.prefill(tokens as usize, chunk as usize)?.scaled(1e3);
+        let ms = runner.prefill(tokens as usize, chunk as usize)?;
         let tflop = super::counts::prefill_flop(&runner.shape(), u64::from(tokens)) / 1e12;
         Ok(Prefill {
             weights: format.name(),

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use engine::ModelShape;
-use kernels::{BLOCK_TOKENS, Backend, Batch, Cuda, CudaOptions, DType, Draw, KvShape, SampledRow, Slice};
+use kernels::{
+    BLOCK_TOKENS, Backend, Batch, Cuda, CudaOptions, DType, Draw, KvShape, SampledRow, Slice, Token,
+};
 
 use crate::bench::gpu::counts::kv_layer_bytes;
 use crate::bench::gpu::report::Attention;
@@ -38,9 +40,9 @@ pub(super) fn measure(
         len: 1,
         blocks: (0..each).map(|i| (i * batch_size + seq) as u32).collect(),
     };
-    let sampled = (0..batch_size).map(|row| SampledRow { row, draw: Draw::GREEDY }).collect();
+    let sampled = (0..batch_size).map(|row| SampledRow { row, slot: None, draw: Draw::GREEDY }).collect();
     let batch_of_slices = Batch { slices: (0..batch_size).map(slice).collect() };
-    let step = cuda.step(vec![0; batch_size], batch_of_slices, sampled);
+    let step = cuda.step(vec![Token::Id(0); batch_size], batch_of_slices, sampled);
     let columns = shape.heads * shape.head_dim;
     let q = cuda.buffer(DType::Bf16, step.rows, columns)?;
     let mut out = cuda.buffer(DType::Bf16, step.rows, columns)?;
@@ -60,11 +62,11 @@ pub(super) fn measure(
         for _ in 0..RUNS {
             run(&mut cuda)?;
         }
-        times.push(cuda.moment()?.seconds_since(&begun)? / (RUNS * layers) as f64);
+        times.push(1e3 * cuda.moment()?.seconds_since(&begun)? / (RUNS * layers) as f64);
     }
     // What was recorded names memory that goes now.
     cuda.reset();
-    let seconds = Spread::of(times);
-    let gb_s = kv_bytes as f64 / seconds.median / 1e9;
-    Ok(Attention { batch, context, ms: seconds.scaled(1e3), kv_bytes, gb_s, share: 0.0 })
+    let ms = Spread::of(times);
+    let gb_s = kv_bytes as f64 / ms.median / 1e6;
+    Ok(Attention { batch, context, ms, kv_bytes, gb_s, share: 0.0 })
 }

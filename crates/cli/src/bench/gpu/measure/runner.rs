@@ -6,7 +6,7 @@ use anyhow::Result;
 use comm::cuda::StagedCollective;
 use comm::{LocalTransport, local_group};
 use engine::{
-    BlockId, Epoch, ModelShape, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan,
+    BlockId, Epoch, ModelShape, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepPlan, Tokens,
 };
 use kernels::{BLOCK_TOKENS, Backend, Cuda};
 use model::{Executor, ModelExecutor, ModelSource};
@@ -27,7 +27,7 @@ pub(super) struct Runner<'a> {
     steps: u64,
 }
 
-/// Seconds of decoding steps.
+/// Milliseconds of decoding steps.
 pub(super) struct StepTimes {
     /// From one step's tokens to the next one's, two steps in flight.
     pub(super) steps: Spread,
@@ -75,7 +75,7 @@ impl<'a> Runner<'a> {
         let each = tokens.div_ceil(BLOCK_TOKENS);
         let backend = self.executor.backend_mut();
         let (needed, free) =
-            (self.source.kv_bytes(backend, batch * each * BLOCK_TOKENS), backend.kv_budget()?);
+            (self.source.kv_bytes(backend, batch * each * BLOCK_TOKENS), backend.kv_budget(u64::MAX)?);
         if needed > free {
             return Ok(Some(format!("{} of keys and values, {} are free", Gb(needed), Gb(free))));
         }
@@ -101,7 +101,7 @@ impl<'a> Runner<'a> {
             let started = Instant::now();
             self.launch(&slices)?;
             self.executor.poll()?;
-            alone.push(started.elapsed().as_secs_f64());
+            alone.push(milliseconds_since(started));
         }
         let mut each = Vec::new();
         let begun = self.executor.backend_mut().moment()?;
@@ -112,17 +112,17 @@ impl<'a> Runner<'a> {
             self.executor.poll()?;
             // The first had nothing before it.
             if step > 0 {
-                each.push(last.elapsed().as_secs_f64());
+                each.push(milliseconds_since(last));
             }
             last = Instant::now();
         }
         let ended = self.executor.backend_mut().moment()?;
         self.executor.poll()?;
-        let by_device = ended.seconds_since(&begun)? / (steps + 2) as f64;
+        let by_device = 1e3 * ended.seconds_since(&begun)? / (steps + 2) as f64;
         Ok(StepTimes { steps: Spread::of(each), by_device, alone: Spread::of(alone) })
     }
 
-    /// Reads prompts of `tokens` tokens in chunks of `chunk`, and samples a token after each; seconds of one.
+    /// Reads prompts of `tokens` tokens in chunks of `chunk`, and samples a token after each; milliseconds of one.
     pub(super) fn prefill(&mut self, tokens: usize, chunk: usize) -> Result<Spread> {
         // What is prepared for a size of step is prepared now.
         self.prompt(tokens.min(chunk), chunk)?;
@@ -131,7 +131,7 @@ impl<'a> Runner<'a> {
         while times.is_empty() || times.len() < PROMPTS && begun.elapsed() < PROMPT_TIME {
             let started = Instant::now();
             self.prompt(tokens, chunk)?;
-            times.push(started.elapsed().as_secs_f64());
+            times.push(milliseconds_since(started));
         }
         Ok(Spread::of(times))
     }
@@ -148,7 +148,12 @@ impl<'a> Runner<'a> {
     }
 
     fn launch(&mut self, slices: &[SeqSlice]) -> Result<()> {
-        let plan = StepPlan { epoch: Epoch::default(), step: StepId(self.steps), slices: slices.to_vec() };
+        let plan = StepPlan {
+            epoch: Epoch::default(),
+            step: StepId(self.steps),
+            keep_sampled: false,
+            slices: slices.to_vec(),
+        };
         self.steps += 1;
         Ok(self.executor.launch(&plan)?)
     }
@@ -165,10 +170,14 @@ impl<'a> Runner<'a> {
             seq: SeqId(seq as u64),
             slot: SlotId(seq as u32),
             start: positions.start as u32,
-            tokens: positions.clone().map(id).collect(),
+            tokens: Tokens::Ids(positions.clone().map(id).collect()),
             blocks: blocks.into_iter().map(|block| BlockId(block as u32)).collect(),
             sampling: sampled
                 .then_some(Sampling { params: SamplingParams::GREEDY, position: positions.end as u32 }),
         }
     }
+}
+
+fn milliseconds_since(started: Instant) -> f64 {
+    1e3 * started.elapsed().as_secs_f64()
 }
