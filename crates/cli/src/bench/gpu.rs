@@ -31,21 +31,21 @@ pub(crate) struct GpuArgs {
     /// How weights are kept; each is measured
     #[arg(long, value_enum, value_name = "FORMAT,…", value_delimiter = ',', default_value = "bf16,int4,fp8")]
     weights: Vec<FormatArg>,
-    /// Sequences that decode together
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,8,64", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    batch: Vec<u32>,
-    /// Tokens of context of each sequence that decodes; a short one is measured besides
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "4096,32768,200000", value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
-    context: Vec<u32>,
-    /// Tokens of prompts that are read
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "4096,32768", value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
-    prefill: Vec<u32>,
+    /// Sequences that decode together [default: 1,8,64]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
+    batch: Option<Vec<u32>>,
+    /// Tokens of context of each sequence that decodes; a short one is measured besides [default: 4096,32768,200000]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    context: Option<Vec<u32>>,
+    /// Tokens of prompts that are read [default: 4096,32768]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    prefill: Option<Vec<u32>>,
     /// With --deterministic of the other commands, without it, or both and what it costs
     #[arg(long, value_enum, default_value_t = DeterministicArg::Both)]
     deterministic: DeterministicArg,
-    /// Decoding steps of each measurement
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    steps: u32,
+    /// Decoding steps of each measurement [default: 32]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    steps: Option<u32>,
     /// Rows of a chunk of a prompt: --max-batch-tokens of the other commands, and its default there
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     max_batch_tokens: u32,
@@ -55,18 +55,32 @@ pub(crate) struct GpuArgs {
     /// Part of the GPU's memory that may be used
     #[arg(long, value_name = "PART", default_value_t = 0.97, value_parser = parse_part)]
     gpu_memory_utilization: f64,
-    /// Memory that the GPU's bandwidth is measured on, twice this in all
-    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
-    ceiling_memory: u64,
-    /// Rows and columns of the matrices of the large product, a multiple of 16
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(16..=65_536))]
-    ceiling_matrix: u32,
+    /// Seconds after which nothing further is begun
+    #[arg(long, value_name = "SECONDS", default_value_t = 280)]
+    seconds: u64,
+    /// Memory that the GPU's bandwidth is measured on, twice this in all [default: 4GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    ceiling_memory: Option<u64>,
+    /// Rows and columns of the matrices of the large product, a multiple of 16 [default: 8192]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..=65_536))]
+    ceiling_matrix: Option<u32>,
     /// Write JSON to a file, or to the standard output in place of the table
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     json: Option<Option<PathBuf>>,
     /// Write the tables to a file as Markdown
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
+}
+
+/// How much is measured.
+#[derive(Debug, Clone, PartialEq)]
+struct Sizes {
+    batch: Vec<u32>,
+    context: Vec<u32>,
+    prefill: Vec<u32>,
+    steps: u32,
+    ceiling_memory: u64,
+    ceiling_matrix: u32,
 }
 
 /// A shape, as people write it.
@@ -79,7 +93,7 @@ enum ShapeArg {
     /// About a billion parameters
     #[value(name = "yi-1b")]
     Yi1b,
-    /// A few thousand parameters, for trying things
+    /// Less than a million parameters, for trying things: other sizes are small too unless they are given
     Tiny,
 }
 
@@ -100,6 +114,37 @@ enum DeterministicArg {
 }
 
 impl GpuArgs {
+    /// What is to be measured.
+    fn sizes(&self) -> Sizes {
+        let default = if self.config.is_none() && self.shape == ShapeArg::Tiny {
+            Sizes {
+                batch: vec![1, 2],
+                context: vec![64],
+                prefill: vec![32],
+                steps: 2,
+                ceiling_memory: 1 << 20,
+                ceiling_matrix: 64,
+            }
+        } else {
+            Sizes {
+                batch: vec![1, 8, 64],
+                context: vec![4096, 32_768, 200_000],
+                prefill: vec![4096, 32_768],
+                steps: 32,
+                ceiling_memory: 4 << 30,
+                ceiling_matrix: 8192,
+            }
+        };
+        Sizes {
+            batch: self.batch.clone().unwrap_or(default.batch),
+            context: self.context.clone().unwrap_or(default.context),
+            prefill: self.prefill.clone().unwrap_or(default.prefill),
+            steps: self.steps.unwrap_or(default.steps),
+            ceiling_memory: self.ceiling_memory.unwrap_or(default.ceiling_memory),
+            ceiling_matrix: self.ceiling_matrix.unwrap_or(default.ceiling_matrix),
+        }
+    }
+
     /// The name of the shape, and a model of it whose weights are kept in a format.
     fn model(&self, format: FormatArg) -> Result<(String, Config)> {
         let (name, config) = match &self.config {
@@ -191,16 +236,23 @@ mod tests {
     #[test]
     fn without_arguments_it_is_yi_34b_on_the_first_gpu() {
         let args = parse("").unwrap();
-        assert_eq!(args.batch, [1, 8, 64]);
-        assert_eq!(args.context, [4096, 32_768, 200_000]);
-        assert_eq!(args.prefill, [4096, 32_768]);
+        let sizes = args.sizes();
+        assert_eq!((sizes.batch, sizes.context), (vec![1, 8, 64], vec![4096, 32_768, 200_000]));
+        assert_eq!((sizes.prefill, sizes.steps), (vec![4096, 32_768], 32));
         assert_eq!(args.weights, [FormatArg::Bf16, FormatArg::Int4, FormatArg::Fp8]);
         assert_eq!((args.deterministic, args.max_batch_tokens), (DeterministicArg::Both, 4096));
-        assert_eq!((args.device, args.ceiling_memory), (DeviceArg::Cuda(Some(0)), 4 << 30));
+        assert_eq!((args.device, sizes.ceiling_memory), (DeviceArg::Cuda(Some(0)), 4 << 30));
         let (name, config) = args.model(FormatArg::Int4).unwrap();
         assert_eq!((name.as_str(), config.shape.layers), ("yi-34b", 60));
         assert_eq!(config.quantization.map(|quantization| quantization.bits), Some(4));
         assert_eq!(args.model(FormatArg::Fp8).unwrap().1.quantization, None);
+    }
+
+    #[test]
+    fn what_is_tiny_is_tiny_throughout() {
+        let sizes = parse("--shape tiny --context 100,200").unwrap().sizes();
+        assert_eq!((sizes.batch, sizes.context, sizes.prefill), (vec![1, 2], vec![100, 200], vec![32]));
+        assert_eq!((sizes.ceiling_memory, sizes.ceiling_matrix), (1 << 20, 64));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use model::{Config, ModelOptions, ModelSource};
 use self::runner::Runner;
 use super::counts::{Kept, kv_token_bytes, parameters, weight_bytes};
 use super::report::{Decode, Load, Prefill, Report, Skipped};
-use super::{DeterministicArg, FormatArg, GpuArgs};
+use super::{DeterministicArg, FormatArg, GpuArgs, Sizes};
 use crate::args::DeviceArg;
 
 /// A context whose keys and values hardly count beside the weights: what longer ones are compared with.
@@ -31,6 +31,7 @@ pub(super) fn run(args: &GpuArgs) -> Result<Report> {
     };
     let mut session = Session {
         args,
+        sizes: args.sizes(),
         options: CudaOptions {
             ordinal: number.unwrap_or(0),
             memory_utilization: args.gpu_memory_utilization,
@@ -60,6 +61,7 @@ pub(super) fn run(args: &GpuArgs) -> Result<Report> {
 
 struct Session<'a> {
     args: &'a GpuArgs,
+    sizes: Sizes,
     options: CudaOptions,
     report: Report,
     /// Of reading, copying and multiplying.
@@ -106,11 +108,17 @@ impl Session<'_> {
         self.report.skipped.push(Skipped { what, why });
     }
 
+    /// Why nothing further is begun.
+    fn too_late(&self) -> Option<String> {
+        let limit = self.args.seconds;
+        (self.started.elapsed().as_secs() >= limit).then(|| format!("--seconds {limit} are over"))
+    }
+
     /// Measured while no model is there, for which and whose KV there would be no room.
     fn ceilings(&mut self) -> Result<()> {
         self.announce("ceilings");
         let cuda = Cuda::open(self.options.clone())?;
-        let (bytes, size) = (self.args.ceiling_memory, self.args.ceiling_matrix);
+        let (bytes, size) = (self.sizes.ceiling_memory, self.sizes.ceiling_matrix);
         let mut ceilings = Ceilings::new(&cuda, usize::try_from(bytes)?, size as usize)?;
         (self.report.ceilings.memory_bytes, self.report.ceilings.gemm_size) = (bytes, size);
         for sample in 0..=CEILING_SAMPLES {
@@ -124,16 +132,16 @@ impl Session<'_> {
     }
 
     fn attention(&mut self, config: &Config) {
-        for &batch in &self.args.batch {
-            for &context in &self.args.context {
+        let Sizes { batch: batches, context: contexts, steps, .. } = self.sizes.clone();
+        for &batch in &batches {
+            for &context in &contexts {
                 let what = format!("attention of batch {batch} at context {context}");
-                if let Some(why) = too_long(config, context) {
+                if let Some(why) = too_long(config, context).or_else(|| self.too_late()) {
                     self.skip(what, why);
                     continue;
                 }
                 self.announce(&what);
-                let measured =
-                    attention::measure(&self.options, &config.shape, batch, context, self.args.steps);
+                let measured = attention::measure(&self.options, &config.shape, batch, context, steps);
                 if let Some(row) = self.note(what, measured) {
                     self.report.attention.push(row);
                 }
@@ -144,6 +152,10 @@ impl Session<'_> {
     fn model(&mut self, format: FormatArg) -> Result<()> {
         let args = self.args;
         let (name, config) = args.model(format)?;
+        if let Some(why) = self.too_late() {
+            self.skip(format.name().to_owned(), why);
+            return Ok(());
+        }
         let kept = match (format, config.quantization) {
             (FormatArg::Fp8, _) => Kept::Fp8,
             (_, Some(quantization)) => Kept::Quantized(quantization),
@@ -176,10 +188,11 @@ impl Session<'_> {
             weight_bytes: runner.weight_bytes(),
             memory: runner.memory()?,
         });
-        let mut contexts: Vec<u32> = args.context.iter().copied().chain([SHORT_CONTEXT]).collect();
+        let Sizes { batch: batches, context: mut contexts, prefill: prompts, .. } = self.sizes.clone();
+        contexts.push(SHORT_CONTEXT);
         contexts.sort_unstable();
         contexts.dedup();
-        for &batch in &args.batch {
+        for batch in batches {
             for &context in &contexts {
                 let what = format!("{} decoding, batch {batch} at context {context}", format.name());
                 self.with_room(&mut runner, what, (batch, context), &config, |session, runner, on| {
@@ -189,7 +202,7 @@ impl Session<'_> {
                 });
             }
         }
-        for &tokens in &args.prefill {
+        for tokens in prompts {
             let what = format!("{} prefill of {tokens} tokens", format.name());
             self.with_room(&mut runner, what, (1, tokens), &config, |session, runner, on| {
                 let row = session.prefill(runner, format, on, tokens)?;
@@ -209,7 +222,7 @@ impl Session<'_> {
         config: &Config,
         mut measure: impl FnMut(&mut Self, &mut Runner<'_>, bool) -> Result<()>,
     ) {
-        if let Some(why) = too_long(config, tokens) {
+        if let Some(why) = too_long(config, tokens).or_else(|| self.too_late()) {
             return self.skip(what, why);
         }
         self.announce(&what);
@@ -237,7 +250,7 @@ impl Session<'_> {
         batch: u32,
         context: u32,
     ) -> Result<Decode> {
-        let times = runner.decode(batch as usize, context as usize, self.args.steps as usize)?;
+        let times = runner.decode(batch as usize, context as usize, self.sizes.steps as usize)?;
         let ms = times.steps;
         let weight_bytes = runner.weight_bytes();
         let kv_bytes = u64::from(batch) * u64::from(context) * kv_token_bytes(&runner.shape());
