@@ -156,3 +156,43 @@ fn bench_gpu_says_in_a_sentence_what_is_wrong() {
     PHALANX.command(["bench", "gpu", "--shape", "tiny"]).env("LD_LIBRARY_PATH", path).run().failure(&["GPU"]);
     PHALANX.run(["bench", "gpu", "--device", "cpu"]).failure(&["--device cpu", "bench step"]);
 }
+
+#[test]
+fn bench_load_tells_the_share_of_plain_reading() {
+    for more in [&["--cold"][..], &[]] {
+        let ended =
+            PHALANX.run([&["bench", "load", "--runs", "2", "--threads", "1", "--json"][..], more].concat());
+        let figures = json(&ended.success());
+        assert_finite("figures", &figures);
+        let of_load = [
+            "model",
+            "device",
+            "cold",
+            "bytes",
+            "readers",
+            "load_seconds",
+            "read_seconds",
+            "load_gb_s",
+            "read_gb_s",
+            "share",
+        ];
+        assert_eq!(keys(&figures), of_load);
+        assert_eq!(figures["cold"], !more.is_empty());
+        // The bundled model's file.
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/yi-nano/model.safetensors");
+        assert_eq!(figures["bytes"], std::fs::metadata(file).expect("the bundled model").len());
+    }
+    let empty = tempfile::tempdir().expect("a folder");
+    let path = empty.path().to_str().expect("UTF-8");
+    PHALANX.run(["bench", "load", "--model", path]).failure(&[path, "safetensors"]);
+}
+
+#[test]
+fn bench_start_waits_until_it_serves_and_leaves_nothing() {
+    let ended = PHALANX.run(["bench", "start", "--runs", "2", "--json", "--workers", "1", "--threads", "1"]);
+    let figures = json(&ended.success());
+    assert_finite("figures", &figures);
+    assert_eq!(keys(&figures), ["options", "first_seconds", "later_seconds"]);
+    assert_eq!(figures["options"], json(r#"["--workers", "1", "--threads", "1"]"#));
+    PHALANX.run(["bench", "start", "--model", "/nowhere"]).failure(&["before it served"]);
+}

@@ -1,7 +1,9 @@
 //! `phalanx bench`: what this machine reaches, as parts of what it could.
 
 mod gpu;
+mod load;
 mod spread;
+mod start;
 mod step;
 
 use anyhow::Result;
@@ -13,6 +15,10 @@ pub(crate) enum BenchCommand {
     Step(step::StepArgs),
     /// A GPU with random weights of any shape: decoding, prefill and attention as shares of its bandwidth and of a large product
     Gpu(gpu::GpuArgs),
+    /// Loading a checkpoint, and the share of plain reading of its files that this reaches
+    Load(load::LoadArgs),
+    /// Seconds from the start of `phalanx serve` until it serves
+    Start(start::StartArgs),
 }
 
 impl BenchCommand {
@@ -20,6 +26,8 @@ impl BenchCommand {
         match self {
             Self::Step(args) => args.run(),
             Self::Gpu(args) => args.run(),
+            Self::Load(args) => args.run(),
+            Self::Start(args) => args.run(),
         }
     }
 }

@@ -17,3 +17,4 @@ pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
 pub use source::{ModelOptions, ModelSource, Report, StepSize};
+pub use weights::readers;

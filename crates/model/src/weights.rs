@@ -3,13 +3,13 @@
 //! Only those slices are read. A unit's matrices stand by themselves, so that another width loads and drops
 //! units and touches nothing else.
 
+mod ahead;
 mod origin;
 mod piece;
 mod random;
 mod request;
 
 use std::ops::Range;
-use std::slice;
 
 use engine::Unit;
 use kernels::{Backend, DType, Tree};
@@ -17,6 +17,8 @@ use kernels::{Backend, DType, Tree};
 use crate::config::Config;
 use crate::error::Result;
 
+pub use ahead::readers;
+use ahead::{Pieces, read_ahead};
 pub(crate) use origin::Origin;
 pub(crate) use piece::{Block, Piece};
 pub(crate) use random::RandomWeights;
@@ -66,24 +68,18 @@ impl<B: Backend> Weights<B> {
     ) -> Result<Self> {
         let requests = requests(origin, config, units, &held);
         let tables = Tree { units: units.len() }.subtrees(&held);
-        let mut loader = Loader {
-            backend,
-            dtype,
-            units: held.len(),
-            origin,
-            requests: requests.iter(),
-            buffer: Vec::new(),
-            bytes: (0, requests.iter().map(|request| origin.bytes(request)).sum()),
-            progress,
-        };
-        Ok(Self {
-            embedding: tables
-                .into_iter()
-                .map(|part| loader.table(units[part.start].vocab.start))
-                .collect::<Result<_>>()?,
-            layers: (0..config.shape.layers).map(|_| loader.layer()).collect::<Result<_>>()?,
-            norm: loader.vector()?,
-            head: loader.matrices()?,
+        read_ahead(origin, &requests, |pieces| {
+            let bytes = (0, requests.iter().map(|request| origin.bytes(request)).sum());
+            let mut loader = Loader { backend, dtype, units: held.len(), origin, pieces, bytes, progress };
+            Ok(Self {
+                embedding: tables
+                    .into_iter()
+                    .map(|part| loader.table(units[part.start].vocab.start))
+                    .collect::<Result<_>>()?,
+                layers: (0..config.shape.layers).map(|_| loader.layer()).collect::<Result<_>>()?,
+                norm: loader.vector()?,
+                head: loader.matrices()?,
+            })
         })
     }
 
@@ -95,21 +91,19 @@ impl<B: Backend> Weights<B> {
 }
 
 /// Makes weights of what was requested, in the order of the requests.
-struct Loader<'a, B: Backend> {
+struct Loader<'a, 'q, 'p, B: Backend> {
     backend: &'a B,
     dtype: DType,
     /// How many of this rank.
     units: usize,
     origin: &'a Origin,
-    requests: slice::Iter<'a, Request>,
-    /// Memory of the last piece.
-    buffer: Vec<u8>,
+    pieces: &'a mut Pieces<'q, 'p>,
     /// That have come, and all.
     bytes: (u64, u64),
     progress: &'a mut dyn FnMut(u64, u64),
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<B: Backend> Loader<'_, '_, '_, B> {
     fn layer(&mut self) -> Result<Layer<B>> {
         Ok(Layer {
             attention_norm: self.vector()?,
@@ -143,10 +137,9 @@ impl<B: Backend> Loader<'_, B> {
 
     /// What `make` makes of the next piece.
     fn next<T>(&mut self, make: impl FnOnce(&Piece<'_>) -> Result<T>) -> Result<T> {
-        let request = self.requests.next().expect("a request for every weight");
-        let piece = self.origin.read(request, std::mem::take(&mut self.buffer))?;
+        let (request, piece) = self.pieces.take()?;
         let made = make(&piece)?;
-        self.buffer = piece.into_buffer();
+        self.pieces.give_back(piece);
         self.bytes.0 += self.origin.bytes(request);
         (self.progress)(self.bytes.0, self.bytes.1);
         Ok(made)
