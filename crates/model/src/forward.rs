@@ -153,8 +153,8 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
             self.backend.reset();
             let size = StepSize {
                 rows: had.map_or(0, |had| had.rows).max(size.rows),
-                // Batches grow one by one.
-                sampled: had.map_or(0, |had| had.sampled).max(size.sampled.next_power_of_two()),
+                // Batches grow one by one, and memory must not move while ranks wait for each other in a step.
+                sampled: had.map_or(0, |had| had.sampled).max(size.sampled.next_power_of_two().max(64)),
             };
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
