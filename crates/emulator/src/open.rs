@@ -29,7 +29,8 @@ pub fn open_with(devices: u16, beside: bool) -> bool {
                 if name == "libcuda.so" {
                     // SAFETY: the function's own type; no other call was made yet.
                     unsafe {
-                        let configure = library.get::<unsafe extern "C" fn(c_int, c_int)>(b"emulator_configure");
+                        let configure =
+                            library.get::<unsafe extern "C" fn(c_int, c_int)>(b"emulator_configure");
                         configure.expect("the emulator's own function")(devices.into(), beside.into());
                     }
                 }

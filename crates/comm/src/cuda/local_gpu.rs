@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::cuda::{Buffer, Missed, OneShot};
+use kernels::cuda::{Board, Buffer, Mailbox, Missed, OneShot};
 use kernels::{Cuda, Partial, Tree};
 
 use super::meeting::{Call, Meeting};
@@ -70,10 +70,10 @@ impl LocalGpuSeat {
         limit: Duration,
     ) -> Result<LocalGpu> {
         let ranges = Ranges::new(ranges, self.meeting.size())?;
-        let board = || Ok(OneShot::board(cuda)?);
+        let board = || Ok(Board::new(cuda)?);
         let deadline = Instant::now() + limit;
         let (mailboxes, board) =
-            self.meeting.join(self.rank, OneShot::mailbox(cuda)?, board, &abort, deadline)?;
+            self.meeting.join(self.rank, Mailbox::new(cuda)?, board, &abort, deadline)?;
         let (rank, told) = (self.rank, Arc::downgrade(&board));
         abort.on_abort(move || {
             if let Some(board) = told.upgrade() {

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 
 use comm::cuda::{LocalGpu, NcclCollective, local_gpu_group};
 use comm::{AbortHandle, Collective, Error, LocalTransport, Transport};
-use kernels::cuda::{Buffer, Missed, OneShot};
+use kernels::cuda::{Board, Buffer, Mailbox, Missed, OneShot};
 use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Token, Tree};
 
 use crate::gpu::{buffer, open, values};
 use crate::groups::{Kind, LONG, each_rank};
 
 /// Rank 0 of two, of which the other never launches; what `end` does while rank 0's kernel waits.
-fn waits_alone(patience: Duration, end: impl Fn(&kernels::cuda::Board) + Sync) -> Option<Missed> {
+fn waits_alone(patience: Duration, end: impl Fn(&Board) + Sync) -> Option<Missed> {
     let cuda = open(0);
-    let board = Arc::new(OneShot::board(&cuda).unwrap());
-    let mailboxes = (0..2).map(|_| Arc::new(OneShot::mailbox(&cuda).unwrap())).collect();
+    let board = Arc::new(Board::new(&cuda).unwrap());
+    let mailboxes = (0..2).map(|_| Arc::new(Mailbox::new(&cuda).unwrap())).collect();
     let mut one_shot = OneShot::new(&cuda, 0, mailboxes, board.clone(), patience).unwrap();
     let partials = [Partial { units: 0..1, sum: buffer(&cuda, &[1.0; 5000]) }];
     let mut out = buffer(&cuda, &[0.0; 5000]);

@@ -132,6 +132,12 @@ impl Device {
         self.context.name().map_err(|e| failed("reading the GPU's properties", e))
     }
 
+    /// What tells it from all other GPUs; a part of a GPU (MIG) has one of its own.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16]> {
+        let uuid = result::device::get_uuid(self.context.cu_device());
+        Ok(uuid.map_err(|e| failed("reading the GPU's properties", e))?.bytes.map(|byte| byte as u8))
+    }
+
     /// Multiprocessors.
     pub(crate) fn multiprocessors(&self) -> u32 {
         self.multiprocessors

@@ -1,4 +1,5 @@
-//! Collectives by kernels of our own, for ranks that see each other's memory: threads of one process, on one device or several.
+//! Collectives by kernels of our own, for ranks that see each other's memory: on several devices of a machine, each in a process of its
+//! own or as threads of one, or (threads) on one device.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -8,13 +9,27 @@ use std::time::Duration;
 use bytemuck::{Pod, Zeroable};
 
 use super::Cuda;
+use super::board::{Board, Missed};
 use super::buffer::Buffer;
 use super::device::{Arguments, Device, Launch};
 use super::fold::{FoldProgram, MAX_UNITS, Parts};
-use super::shared::{Board, CHUNK, MAX_BLOCKS, MAX_PARTS, MAX_RANKS, Mailbox, Missed};
+use super::mailbox::Mailbox;
 use crate::{Error, Partial, Result, Tree};
 
+/// The largest group of ranks that see each other's memory.
+pub const MAX_RANKS: usize = 16;
+
 const THREADS: u32 = 256;
+/// Blocks of a rank's kernel.
+const MAX_BLOCKS: usize = 16;
+/// Elements that a block exchanges at a time.
+const CHUNK: usize = 1024;
+/// Sub-trees that a rank can send.
+const MAX_PARTS: usize = 16;
+/// Where the letters begin in a mailbox, behind the flags of the blocks, which are zeros at first.
+pub(crate) const LETTERS_BYTE: usize = 4096;
+/// For rounds in turn: while one is read, the next is written.
+pub(crate) const MAILBOX_BYTES: usize = LETTERS_BYTE + 2 * MAX_BLOCKS * MAX_PARTS * CHUNK * size_of::<f32>();
 /// Elements that can be gathered: the kernel counts them in 32 bits.
 const MAX_GATHERED: usize = 1 << 30;
 
@@ -62,17 +77,8 @@ struct Columns {
 }
 
 impl OneShot {
-    /// An empty mailbox on the device, for the others to know.
-    pub fn mailbox(cuda: &Cuda) -> Result<Mailbox> {
-        Mailbox::new(cuda.device())
-    }
-
-    /// A clean board, one for all ranks.
-    pub fn board(cuda: &Cuda) -> Result<Board> {
-        Board::new(cuda.device())
-    }
-
-    /// Rank `rank` of as many ranks as there are mailboxes. A rank waits for another for `patience` at most.
+    /// Rank `rank` of as many ranks as there are mailboxes, of which that number is its own; one board is for all. A rank waits for
+    /// another for `patience` at most.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for more than [`MAX_RANKS`] ranks, or where a device cannot read another's memory.
@@ -204,6 +210,11 @@ impl OneShot {
         let arguments = self.gather_arguments(x, columns, 1, x, len);
         // SAFETY: as above. The root's elements are written where they were read, by the same threads.
         unsafe { self.device.launch("one_shot_gather", grid(len), arguments) }
+    }
+
+    /// Ends this rank's waits for others; what it began gives no result.
+    pub fn abort(&self) {
+        self.board.abort(self.rank);
     }
 
     /// Why a call that the device has ended gave no result; then no later one does.
