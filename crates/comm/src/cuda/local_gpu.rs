@@ -1,16 +1,19 @@
 //! Ranks as threads of one process, whose GPUs read each other's memory, or that share one GPU.
 
-use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::cuda::{Board, Buffer, Mailbox, Missed, OneShot};
+use kernels::cuda::{Board, Buffer, Mailbox, OneShot};
 use kernels::{Cuda, Partial, Tree};
 
+use super::direct::lost_by;
 use super::meeting::{Call, Meeting};
 use crate::collective::{AbortHandle, Collective, Error, Result};
 use crate::ranges::Ranges;
+
+const LATE: &str =
+    "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
 
 /// A place in a group, for the thread that is to be this rank. What it becomes there does not leave that thread.
 #[derive(Debug)]
@@ -162,14 +165,7 @@ impl Collective<Buffer> for LocalGpu {
         }
         let Some(missed) = self.one_shot.missed() else { return Ok(()) };
         self.lost = true;
-        Err(match missed {
-            Missed::Aborted => Error::Aborted,
-            Missed::Left(rank) => Error::Lost { rank, source: ErrorKind::ConnectionAborted.into() },
-            Missed::Late(rank) => {
-                let what = "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
-                Error::Lost { rank, source: io::Error::new(ErrorKind::TimedOut, what) }
-            }
-        })
+        Err(lost_by(missed, LATE))
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -1,5 +1,6 @@
 //! Words that the host and all kernels of a group see: in memory of the host that the ranks of a machine share.
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -41,6 +42,16 @@ pub enum Missed {
     Left(usize),
     /// This rank did not come in time.
     Late(usize),
+}
+
+impl fmt::Display for Missed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Aborted => f.write_str("it was aborted"),
+            Self::Left(rank) => write!(f, "rank {rank} has gone"),
+            Self::Late(rank) => write!(f, "nothing came of rank {rank} in time"),
+        }
+    }
 }
 
 impl Board {

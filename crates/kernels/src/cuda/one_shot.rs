@@ -101,7 +101,7 @@ impl OneShot {
             of_rank.open_to(&device)?;
             *pointer = of_rank.pointer();
         }
-        let patience = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        let patience = nanoseconds(patience);
         let (rank_number, size) = (rank as i32, size as i32);
         let board_pointer = board.pointer();
         let group =
@@ -212,6 +212,18 @@ impl OneShot {
         unsafe { self.device.launch("one_shot_gather", grid(len), arguments) }
     }
 
+    /// How long this rank waits for another from the next call on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.group.patience = nanoseconds(patience);
+    }
+
+    /// Waits until what this rank began has ended; ends it where `go_on`, which is asked again and again, says no.
+    pub fn finish(&self, go_on: &mut dyn FnMut() -> bool) {
+        if !matches!(self.device.synchronize_while(go_on), Ok(true)) {
+            self.abort();
+        }
+    }
+
     /// Ends this rank's waits for others; what it began gives no result.
     pub fn abort(&self) {
         self.board.abort(self.rank);
@@ -247,6 +259,10 @@ struct Reduction {
     own: Parts,
     program: FoldProgram,
     leaves: Leaves,
+}
+
+fn nanoseconds(patience: Duration) -> u64 {
+    u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2)
 }
 
 /// The same on all ranks.
