@@ -57,8 +57,8 @@ pub fn connect<T: Transport + 'static>(
     let nccl = connecting.nccl()?;
     let ways = Ways { peers, nccl };
     let used = match (&ways.peers, &ways.nccl) {
-        (Some(_), Some(_)) => "memory that the GPUs share, and NCCL for long messages",
-        (Some(_), None) => "memory that the GPUs share",
+        (Some(_), Some(_)) => "memory that they share, and NCCL for long messages",
+        (Some(_), None) => "memory that they share",
         (None, Some(_)) => "NCCL",
         (None, None) => "the host's memory",
     };
@@ -121,7 +121,7 @@ impl<T: Transport> Connecting<'_, T> {
             (None, Ok(berth)) => peers::connect(self.cuda, self.guard, berth, &places, self.limit)?,
             (None, Err(why)) => Err(Obstacle { rank: self.guard.transport.rank(), why }),
         };
-        self.decide(connected, asked, "memory that the GPUs share")
+        self.decide(connected, asked, "memory that they share")
     }
 
     /// Connects by NCCL, likewise.

@@ -1,11 +1,12 @@
 //! What happens on the device alone: waits of kernels that end without the others, recorded calls, and NCCL's own ways.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use comm::cuda::{ConnectOptions, LocalGpu, connect, local_gpu_group};
-use comm::{AbortHandle, Collective, CollectiveChoice, Error, LocalTransport};
+use comm::{AbortHandle, Collective, CollectiveChoice, Error, LocalTransport, Transport};
 use kernels::cuda::{Board, Buffer, Communicator, Mailbox, Missed, NcclId, OneShot};
 use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Partial, SampledRow, Slice, Step, Token, Tree};
 
@@ -194,6 +195,68 @@ fn nccl_adds_in_its_own_order() {
     });
 }
 
+/// A mesh that loses rank 1 when it is told to, as that of a machine whose process was killed.
+struct Breaking(LocalTransport, Arc<AtomicBool>);
+
+impl Transport for Breaking {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    fn exchange(
+        &mut self,
+        outgoing: &[(usize, &[u8])],
+        incoming: &mut [(usize, &mut [u8])],
+    ) -> comm::Result<()> {
+        self.0.exchange(outgoing, incoming)
+    }
+
+    fn check(&self) -> comm::Result<()> {
+        match self.1.load(Ordering::Relaxed) {
+            true => Err(Error::Lost { rank: 1, source: std::io::ErrorKind::ConnectionAborted.into() }),
+            false => self.0.check(),
+        }
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.0.abort_handle()
+    }
+}
+
+/// Rank 1 dies without a word on the board: the mesh tells, and the kernel that waits is ended.
+#[test]
+fn a_rank_that_died_is_noticed_while_a_kernel_waits() {
+    if !present() || std::env::var("PHALANX_EMULATOR_LATE").is_ok_and(|late| late == "1") {
+        return;
+    }
+    for choice in [CollectiveChoice::Peer, CollectiveChoice::Nccl] {
+        let over = Barrier::new(2);
+        let dead = Arc::new(AtomicBool::new(false));
+        let ends = comm::local_group(2).into_iter().map(|end| Breaking(end, dead.clone())).collect();
+        each_rank(ends, |rank, transport: Breaking| {
+            let cuda = open(rank);
+            let mut collective = connect(&cuda, transport, vec![0..1, 1..2], asked(choice)).unwrap();
+            if rank == 0 {
+                let partials = [Partial { units: 0..1, sum: buffer(&cuda, &[1.0; 8]) }];
+                let mut out = buffer(&cuda, &[0.0; 8]);
+                collective.tree_reduce(Tree { units: 2 }, 8, &partials, &mut out).unwrap();
+                dead.store(true, Ordering::Relaxed);
+                let begun = Instant::now();
+                cuda.synchronize().unwrap();
+                let error = collective.check().unwrap_err();
+                assert!(matches!(error, Error::Lost { rank: 1, .. }), "{error}");
+                assert!(begun.elapsed() < LONG / 2, "it was freed by the kernel's patience");
+                assert!(matches!(collective.check(), Err(Error::Ended)));
+            }
+            over.wait();
+        });
+    }
+}
+
 #[test]
 fn nccl_does_not_wait_for_a_rank_that_is_gone() {
     if !present() {
@@ -238,7 +301,7 @@ fn connecting_is_aborted() {
     }
     let freed = Barrier::new(2);
     let ends = comm::local_group(2);
-    let abort = comm::Transport::abort_handle(&ends[0]);
+    let abort = ends[0].abort_handle();
     each_rank(ends, |rank, transport| {
         if rank == 1 {
             thread::sleep(Duration::from_millis(20));
