@@ -212,15 +212,20 @@ fn tokens_that_nobody_sampled_are_refused() {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use comm::AbortHandle;
-    use comm::cuda::{NcclCollective, StagedCollective, local_gpu_group};
+    use comm::cuda::{ConnectOptions, connect, local_gpu_group};
+    use comm::{AbortHandle, CollectiveChoice, Transport};
     use kernels::cuda::Store;
     use kernels::{Cuda, CudaOptions};
 
     use super::*;
 
-    fn open() -> Result<Cuda> {
-        let options = CudaOptions { deterministic: true, ..CudaOptions::default() };
+    /// Whether there is an emulator: GPUs that run beside the host.
+    fn present() -> bool {
+        emulator::open_with(4, true)
+    }
+
+    fn open(ordinal: usize) -> Result<Cuda> {
+        let options = CudaOptions { ordinal, deterministic: true, ..CudaOptions::default() };
         Ok(Cuda::with_kernels(options, &Store::none())?)
     }
 
@@ -236,14 +241,14 @@ mod gpu {
 
     #[test]
     fn gpus_that_see_each_other_answer_alike() {
-        if emulator::open() {
+        if present() {
             are_alike(
                 "yi-nano",
                 DType::Bf16,
                 if runs_late() { 1..2 } else { 1..4 },
                 local_gpu_group,
                 |seat, ranges| {
-                    let gpu = open()?;
+                    let gpu = open(0)?;
                     let collective = seat.join(&gpu, ranges.to_vec(), AbortHandle::default(), LIMIT)?;
                     Ok((gpu, collective))
                 },
@@ -252,39 +257,38 @@ mod gpu {
         }
     }
 
+    /// Ranks as processes are, each with a GPU of its own.
+    fn connected_are_alike(choice: CollectiveChoice, widths: Range<usize>) {
+        if !present() {
+            return;
+        }
+        are_alike(
+            "gqa7",
+            DType::Bf16,
+            widths,
+            local_group,
+            |transport, ranges| {
+                let gpu = open(transport.rank())?;
+                let options = ConnectOptions { choice, deterministic: true, limit: LIMIT };
+                let collective = connect(&gpu, transport, ranges.to_vec(), options)?;
+                Ok((gpu, collective))
+            },
+            settle,
+        );
+    }
+
+    #[test]
+    fn gpus_that_share_memory_answer_alike() {
+        connected_are_alike(CollectiveChoice::Peer, 2..3);
+    }
+
     #[test]
     fn gpus_over_nccl_answer_alike() {
-        if emulator::open() {
-            are_alike(
-                "gqa7",
-                DType::Bf16,
-                2..3,
-                local_group,
-                |transport, ranges| {
-                    let gpu = open()?;
-                    let collective = NcclCollective::form(&gpu, transport, ranges.to_vec(), true, LIMIT)?;
-                    Ok((gpu, collective))
-                },
-                settle,
-            );
-        }
+        connected_are_alike(CollectiveChoice::Nccl, 2..3);
     }
 
     #[test]
     fn gpus_over_the_host_answer_alike() {
-        if emulator::open() {
-            are_alike(
-                "gqa7",
-                DType::Bf16,
-                1..3,
-                local_group,
-                |transport, ranges| {
-                    let gpu = open()?;
-                    let collective = StagedCollective::new(&gpu, transport, ranges.to_vec())?;
-                    Ok((gpu, collective))
-                },
-                settle,
-            );
-        }
+        connected_are_alike(CollectiveChoice::Host, 1..3);
     }
 }

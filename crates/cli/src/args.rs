@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use comm::CollectiveChoice;
 use kernels::{CudaOptions, DType, WeightFormat};
 use model::{ModelOptions, StepSize};
 use worker::Device;
@@ -34,6 +35,9 @@ pub(crate) struct ModelArgs {
     /// On GPUs: the same bits for any number of workers, batch and chunking (the CPU always keeps to that), at some cost in speed
     #[arg(long)]
     pub(crate) deterministic: bool,
+    /// On GPUs: how those of a group exchange: peer (memory that GPUs of one machine share), nccl, host (its memory and the network), or auto (the fastest that all can)
+    #[arg(long, value_name = "WAY", default_value_t)]
+    pub(crate) collective: CollectiveChoice,
     /// On GPUs: how weights are kept that the checkpoint has in 16 or 32 bits
     #[arg(long, value_enum, default_value_t = WeightsArg::AsStored)]
     pub(crate) weights: WeightsArg,
@@ -149,16 +153,19 @@ impl ModelArgs {
     pub(crate) fn device(&self) -> Device {
         match self.device {
             DeviceArg::Cpu => Device::Cpu { threads: self.threads(1) },
-            DeviceArg::Cuda(number) => Device::Cuda(CudaOptions {
-                ordinal: number.unwrap_or(0),
-                deterministic: self.deterministic,
-                memory_utilization: self.gpu_memory_utilization,
-                weights: match self.weights {
-                    WeightsArg::AsStored => WeightFormat::AsStored,
-                    WeightsArg::Fp8 => WeightFormat::Fp8,
+            DeviceArg::Cuda(number) => Device::Cuda {
+                options: CudaOptions {
+                    ordinal: number.unwrap_or(0),
+                    deterministic: self.deterministic,
+                    memory_utilization: self.gpu_memory_utilization,
+                    weights: match self.weights {
+                        WeightsArg::AsStored => WeightFormat::AsStored,
+                        WeightsArg::Fp8 => WeightFormat::Fp8,
+                    },
+                    ..CudaOptions::default()
                 },
-                ..CudaOptions::default()
-            }),
+                collective: self.collective,
+            },
         }
     }
 
@@ -168,6 +175,9 @@ impl ModelArgs {
             bail!(
                 "--deterministic and --weights are for GPUs (--device cuda): the CPU is always deterministic, and keeps weights in bf16"
             );
+        }
+        if !self.on_gpu() && self.collective != CollectiveChoice::Auto {
+            bail!("--collective is for GPUs (--device cuda): workers on CPUs exchange over the network");
         }
         Ok(())
     }
@@ -209,6 +219,7 @@ impl ModelArgs {
         if let DeviceArg::Cuda(number) = self.device {
             push("--device", Some(DeviceArg::Cuda(Some(number.unwrap_or(index))).to_string()));
             push("--gpu-memory-utilization", Some(self.gpu_memory_utilization.to_string()));
+            push("--collective", Some(self.collective.to_string()));
             if self.deterministic {
                 line.push("--deterministic".into());
             }

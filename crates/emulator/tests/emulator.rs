@@ -63,13 +63,14 @@ fn mistakes_end_the_process_with_a_sentence() {
 #[test]
 fn the_driver_answers_as_a_real_one() {
     let Some(program) = program("driver") else { return };
-    for late in ["0", "1"] {
+    for (late, beside) in [("0", "0"), ("1", "0"), ("0", "1")] {
         let variables = [
             ("PHALANX_EMULATOR_LATE", late),
+            ("PHALANX_EMULATOR_BESIDE", beside),
             ("PHALANX_EMULATOR_DEVICES", "2"),
             ("PHALANX_EMULATOR_MEMORY", "1073741824"),
         ];
-        expect_success(&run(&program, &[], &variables), late);
+        expect_success(&run(&program, &[], &variables), &format!("late {late}, beside {beside}"));
     }
 }
 

@@ -8,6 +8,7 @@ mod arch;
 mod attend;
 mod backend;
 mod blas;
+mod board;
 mod buffer;
 mod cache;
 mod ceilings;
@@ -16,6 +17,7 @@ mod elementwise;
 mod fold;
 mod limits;
 mod linear;
+mod mailbox;
 mod matrix;
 mod memory;
 mod modules;
@@ -28,7 +30,6 @@ mod record;
 mod report;
 mod rope;
 mod sample;
-mod shared;
 mod sources;
 mod stage;
 mod step;
@@ -41,17 +42,18 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 pub use self::arch::Arch;
+pub use self::board::{Board, Missed};
 pub use self::buffer::{Buffer, KvCache, Table};
 pub use self::ceilings::Ceilings;
 pub use self::limits::violations;
+pub use self::mailbox::Mailbox;
 pub use self::matrix::Matrix;
 pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
 pub use self::moment::Moment;
-pub use self::nccl::{Communicator, NcclId};
+pub use self::nccl::{Communicator, NcclId, nccl_version};
 pub use self::nvrtc::{CompileError, Nvrtc, Version};
-pub use self::one_shot::OneShot;
+pub use self::one_shot::{MAX_RANKS, OneShot};
 pub use self::report::MemoryReport;
-pub use self::shared::{Board, MAX_RANKS, Mailbox, Missed};
 pub use self::sources::{HEADERS, SOURCES, Source};
 pub use self::stage::{Stage, copy_alone, reduce_alone};
 pub use self::usage::KernelUsage;
@@ -183,6 +185,11 @@ impl Cuda {
     /// The GPU's name, as its maker gave it.
     pub fn name(&self) -> Result<String> {
         self.device.name()
+    }
+
+    /// What tells this GPU (or part of one) from all others.
+    pub fn uuid(&self) -> Result<[u8; 16]> {
+        self.device.uuid()
     }
 
     /// Bytes of the GPU's memory that are free, and that there are.

@@ -125,7 +125,12 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// Whether [`Self::choices`] would not wait.
     pub(crate) fn choices_are_there(&mut self) -> Result<bool> {
-        Ok(self.backend.choices_are_there()?)
+        if self.backend.choices_are_there()? {
+            return Ok(true);
+        }
+        // Nobody waits in the backend, where the collective would look after the other ranks.
+        self.collective.check()?;
+        Ok(false)
     }
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.

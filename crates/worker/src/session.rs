@@ -192,11 +192,16 @@ impl<L: Load> Membership<L> {
             }
             Some(Progress::LoadFailed(error)) => {
                 self.fail(epoch, &error.to_string()).await;
-                // Another rank's trouble passes; a share that does not load now does not load later.
-                if !matches!(error, model::Error::Collective(_)) {
-                    self.farewell().await;
-                    return Err(End::Final(WorkerError::Load(error)));
-                }
+                let end = match error {
+                    model::Error::Collective(error @ comm::Error::Unavailable { .. }) => {
+                        WorkerError::Connect(error)
+                    }
+                    // Another rank's trouble passes; a share that does not load now does not load later.
+                    model::Error::Collective(_) => return Ok(()),
+                    error => WorkerError::Load(error),
+                };
+                self.farewell().await;
+                return Err(End::Final(end));
             }
             Some(Progress::StepFailed(error)) => self.fail(epoch, &error.to_string()).await,
             None => self.fail(epoch, "the executor thread panicked").await,

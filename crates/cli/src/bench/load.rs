@@ -172,14 +172,14 @@ fn load(args: &ModelArgs, dir: &Path) -> Result<f64> {
             seconds(args, dir, Cpu::new(threads)?, join, |_| Ok(()))
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda(options) => {
+        Device::Cuda { options, .. } => {
             let join = |gpu: &kernels::Cuda, ranges| {
                 comm::cuda::StagedCollective::new(gpu, local_group(1).remove(0), ranges)
             };
             seconds(args, dir, kernels::Cuda::open(options)?, join, |gpu| gpu.synchronize())
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => bail!("this phalanx was built without CUDA: build it with the feature `cuda`"),
+        Device::Cuda { .. } => bail!("this phalanx was built without CUDA: build it with the feature `cuda`"),
     }
 }
 

@@ -1,16 +1,19 @@
 //! Ranks as threads of one process, whose GPUs read each other's memory, or that share one GPU.
 
-use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::cuda::{Buffer, Missed, OneShot};
+use kernels::cuda::{Board, Buffer, Mailbox, OneShot};
 use kernels::{Cuda, Partial, Tree};
 
+use super::direct::lost_by;
 use super::meeting::{Call, Meeting};
 use crate::collective::{AbortHandle, Collective, Error, Result};
 use crate::ranges::Ranges;
+
+const LATE: &str =
+    "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
 
 /// A place in a group, for the thread that is to be this rank. What it becomes there does not leave that thread.
 #[derive(Debug)]
@@ -70,10 +73,10 @@ impl LocalGpuSeat {
         limit: Duration,
     ) -> Result<LocalGpu> {
         let ranges = Ranges::new(ranges, self.meeting.size())?;
-        let board = || Ok(OneShot::board(cuda)?);
+        let board = || Ok(Board::new(cuda)?);
         let deadline = Instant::now() + limit;
         let (mailboxes, board) =
-            self.meeting.join(self.rank, OneShot::mailbox(cuda)?, board, &abort, deadline)?;
+            self.meeting.join(self.rank, Mailbox::new(cuda)?, board, &abort, deadline)?;
         let (rank, told) = (self.rank, Arc::downgrade(&board));
         abort.on_abort(move || {
             if let Some(board) = told.upgrade() {
@@ -162,14 +165,7 @@ impl Collective<Buffer> for LocalGpu {
         }
         let Some(missed) = self.one_shot.missed() else { return Ok(()) };
         self.lost = true;
-        Err(match missed {
-            Missed::Aborted => Error::Aborted,
-            Missed::Left(rank) => Error::Lost { rank, source: ErrorKind::ConnectionAborted.into() },
-            Missed::Late(rank) => {
-                let what = "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
-                Error::Lost { rank, source: io::Error::new(ErrorKind::TimedOut, what) }
-            }
-        })
+        Err(lost_by(missed, LATE))
     }
 
     fn abort_handle(&self) -> AbortHandle {

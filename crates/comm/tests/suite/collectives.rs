@@ -172,8 +172,11 @@ fn mixed_calls<K: Kind>() {
 
 fn reduce_one<K: Kind>(site: &K::Site, collective: &mut K::Collective) -> comm::Result<()> {
     let (rank, size) = (collective.rank(), collective.size());
-    let partial = Partial { units: rank..rank + 1, sum: K::buffer(site, &[1.0; 8]) };
-    collective.tree_reduce(Tree { units: size }, 8, &[partial], &mut K::buffer(site, &[0.0; 8]))
+    let partials = [Partial { units: rank..rank + 1, sum: K::buffer(site, &[1.0; 8]) }];
+    let mut out = K::buffer(site, &[0.0; 8]);
+    collective.tree_reduce(Tree { units: size }, 8, &partials, &mut out)?;
+    K::settle(site);
+    collective.check()
 }
 
 /// Rank 2 never calls; the others wait for it until they are told to stop.
@@ -298,26 +301,44 @@ suite!(tcp, MeshCollective<TcpTransport>, 24);
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use comm::cuda::{LocalGpu, NcclCollective, StagedCollective};
+    use comm::cuda::{LocalGpu, StagedCollective};
 
     use super::*;
+    use crate::gpu::{Auto, Nccl, Peer, Process, present, waits_on_callers};
 
     suite!(staged_local, StagedCollective<LocalTransport>, 8);
     suite!(staged_tcp, StagedCollective<TcpTransport>, 4);
     suite!(local_gpu, LocalGpu, 16);
-    // The emulated library waits on the thread that calls: what frees a real one is in `device`.
-    suite!(
-        nccl,
-        NcclCollective<TcpTransport>,
-        8,
-        [
-            all_widths,
-            large_messages,
-            gathers,
-            broadcasts,
-            mixed_calls,
-            a_peer_may_leave_after_its_last_call,
-            false_arguments_are_errors
-        ]
-    );
+
+    // Ranks that make different calls wait for each other, or find nothing wrong: the plans that make the calls are the same.
+    macro_rules! process_suite {
+        ($name:ident, $ask:ty, $cases:literal $(, $test:ident)*) => {
+            suite!(
+                $name,
+                Process<$ask, TcpTransport>,
+                $cases,
+                [
+                    all_widths,
+                    large_messages,
+                    gathers,
+                    broadcasts,
+                    mixed_calls,
+                    a_peer_may_leave_after_its_last_call,
+                    false_arguments_are_errors
+                    $(, $test)*
+                ]
+            );
+        };
+    }
+    process_suite!(peer, Peer, 12, abort_frees_a_blocked_rank, a_lost_peer_is_named);
+    // NCCL may say first that a rank is gone, without its name: see `device`.
+    process_suite!(nccl, Nccl, 8);
+    process_suite!(peer_and_nccl, Auto, 4, abort_frees_a_blocked_rank, a_lost_peer_is_named);
+
+    #[test]
+    fn abort_frees_a_rank_blocked_in_nccl() {
+        if present() && !waits_on_callers() {
+            abort_frees_a_blocked_rank::<Process<Nccl, TcpTransport>>();
+        }
+    }
 }

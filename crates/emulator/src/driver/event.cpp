@@ -65,6 +65,9 @@ EXPORT CUresult cuEventSynchronize(CUevent event) {
 }
 
 EXPORT CUresult cuEventQuery(CUevent event) {
+    if (handles<Event>().knows(event) && mode() == Mode::Beside && event->capture == nullptr && event->mark != nullptr) {
+        return event->mark->done ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+    }
     return cuEventSynchronize(event);
 }
 
