@@ -101,9 +101,21 @@ impl World {
 
     fn submit(&mut self, request: Request) {
         if let Ok(seq) = self.scheduler.submit(request.clone()) {
-            let client = Client { tokens: request.prompt.clone(), request, finished: false, gone: false };
+            let tokens = [request.prompt.as_slice(), request.answered()].concat();
+            let client = Client { tokens, request, finished: false, gone: false };
             assert!(self.clients.insert(seq, client).is_none(), "an id was used twice");
         }
+    }
+
+    /// A request of which the client has a part of the answer, from another scheduler.
+    fn resume(&mut self, mut request: Request, answered: usize) {
+        let max_context = self.scheduler.config.max_context;
+        if request.prompt.len() < max_context as usize {
+            let (tokens, _) = undisturbed(&request, max_context);
+            let answer = &tokens[request.prompt.len()..];
+            request.resume = Some(answer[..answered % answer.len()].to_vec());
+        }
+        self.submit(request);
     }
 
     fn cancel(&mut self, index: usize) {
@@ -280,6 +292,7 @@ impl World {
 #[derive(Debug, Clone)]
 enum Action {
     Submit(Request),
+    Resume(Request, usize),
     Cancel(usize),
     Plan,
     Apply,
@@ -295,6 +308,7 @@ fn requests() -> impl Strategy<Value = Request> {
             max_tokens,
             sampling: SamplingParams { seed, ..SamplingParams::GREEDY },
             stop_ids,
+            resume: None,
         },
     )
 }
@@ -302,6 +316,7 @@ fn requests() -> impl Strategy<Value = Request> {
 fn actions() -> impl Strategy<Value = Vec<Action>> {
     let action = prop_oneof![
         6 => requests().prop_map(Action::Submit),
+        2 => (requests(), any::<usize>()).prop_map(|(request, answered)| Action::Resume(request, answered)),
         2 => any::<usize>().prop_map(Action::Cancel),
         20 => Just(Action::Plan),
         20 => Just(Action::Apply),
@@ -333,6 +348,7 @@ proptest! {
         for action in actions {
             match action {
                 Action::Submit(request) => world.submit(request),
+                Action::Resume(request, answered) => world.resume(request, answered),
                 Action::Cancel(index) => world.cancel(index),
                 Action::Plan => drop(world.plan()),
                 Action::Apply => world.apply(),
@@ -367,7 +383,13 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
 };
 
 fn request(prompt: usize, max_tokens: u32) -> Request {
-    Request { prompt: vec![1; prompt], max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
+    Request {
+        prompt: vec![1; prompt],
+        max_tokens,
+        sampling: SamplingParams::GREEDY,
+        stop_ids: vec![],
+        resume: None,
+    }
 }
 
 /// Sequence, start and rows of every slice of the next step.
