@@ -306,10 +306,7 @@ fn worker(coordinator: &str, secret: &str) -> Phalanx {
 fn a_cluster_of_separate_parts_serves_and_outlives_a_worker() {
     let args = ["coordinator", "--workers", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
     let mut coordinator = PHALANX.command(args).env("PHALANX_SECRET", SECRET).start();
-    let (join, address) = coordinator.line(|line| {
-        let (join, address) = line.strip_prefix("workers join at ")?.split_once(", clients connect at ")?;
-        Some((join.to_owned(), address.to_owned()))
-    });
+    let (join, address) = coordinator.coordinates_at();
     worker(&join, "another secret of another cluster").end().failure(&[&join, "secret"]);
 
     let first = worker(&join, SECRET);
