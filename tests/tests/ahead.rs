@@ -36,6 +36,7 @@ fn requests(stop: Option<u32>) -> Vec<Request> {
             max_tokens,
             sampling: SamplingParams { temperature: 0.9, top_k: 40, top_p: 0.95, seed },
             stop_ids: stop.into_iter().collect(),
+            resume: None,
         })
         .collect()
 }

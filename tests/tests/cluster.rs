@@ -331,10 +331,7 @@ fn worker(coordinator: &str, secret: &str) -> Phalanx {
 fn coordinator_of_two() -> (Phalanx, String, String) {
     let args = ["coordinator", "--workers", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
     let mut coordinator = PHALANX.command(args).env("PHALANX_SECRET", SECRET).start();
-    let (join, address) = coordinator.line(|line| {
-        let (join, address) = line.strip_prefix("workers join at ")?.split_once(", clients connect at ")?;
-        Some((join.to_owned(), address.to_owned()))
-    });
+    let (join, address) = coordinator.coordinates_at();
     (coordinator, join, address)
 }
 

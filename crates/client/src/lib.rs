@@ -1,17 +1,20 @@
 //! Client library: generate, tokenize, detokenize, and what is being served.
 //!
 //! A thin layer over the public gRPC service: addresses as people write them, typed events, and one [`Error`] whose
-//! messages are for people.
+//! messages are for people. A generation outlives its server: the client asks the servers in turn, follows the leader, and
+//! resumes the answer where it broke off.
 
 mod error;
 mod generation;
+mod servers;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::proto::generation_client::GenerationClient;
 use cluster::proto::{DetokenizeRequest, GetModelRequest, TokenizeRequest};
-use cluster::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, PUBLIC_MESSAGE_LIMIT};
-use tonic::transport::{Channel, Endpoint};
+use tonic::Response;
+
+use crate::servers::Servers;
 
 pub use cluster::proto::generate_request::Prompt;
 pub use cluster::proto::generate_response::Event;
@@ -22,64 +25,58 @@ pub use cluster::proto::{
 pub use error::Error;
 pub use generation::Generation;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a generation waits for a server, unless told otherwise: another coordinator takes over, workers load the model.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A connection to a server. Cheap to clone: clones share the connection.
+/// A connection to a cluster. Cheap to clone: clones share the connection.
 #[derive(Debug, Clone)]
 pub struct Client {
-    service: GenerationClient<Channel>,
-    address: String,
+    servers: Arc<Servers>,
+    patience: Duration,
 }
 
 impl Client {
-    /// Connects with the server at `host:port`.
-    pub async fn connect(address: &str) -> Result<Self, Error> {
-        let authority = address.strip_prefix("http://").unwrap_or(address).trim_end_matches('/');
-        let endpoint = Endpoint::from_shared(format!("http://{authority}"))
-            .ok()
-            .filter(|endpoint| endpoint.uri().port().is_some())
-            .ok_or_else(|| Error::Address(address.to_owned()))?;
-        let channel = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .connect()
-            .await
-            .map_err(|source| Error::Unreachable { address: authority.to_owned(), source })?;
-        let service = GenerationClient::new(channel)
-            .max_decoding_message_size(PUBLIC_MESSAGE_LIMIT)
-            .max_encoding_message_size(PUBLIC_MESSAGE_LIMIT);
-        Ok(Self { service, address: authority.to_owned() })
+    /// Connects with the first server of `host:port[,host:port…]` that is there.
+    pub async fn connect(addresses: &str) -> Result<Self, Error> {
+        let servers = Arc::new(Servers::parse(addresses)?);
+        servers.ask(|_| async { Ok(Response::new(())) }).await?;
+        Ok(Self { servers, patience: PATIENCE })
     }
 
-    /// Generates a continuation. Dropping the stream cancels it.
+    /// The same, but a generation goes without a server for `patience` at most. With none it ends at the first failure.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Generates a continuation, and goes on with it when the server is lost or unavailable. Dropping the stream cancels it.
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, Error> {
-        let response = self.service.clone().generate(request).await.map_err(|status| self.error(status))?;
-        Ok(Generation::new(self.clone(), response.into_inner()))
+        Generation::open(self.servers.clone(), request, self.patience).await
     }
 
     /// Text to token ids.
     pub async fn tokenize(&self, text: impl Into<String>) -> Result<Vec<u32>, Error> {
         let request = TokenizeRequest { text: text.into() };
-        let response = self.service.clone().tokenize(request).await.map_err(|status| self.error(status))?;
-        Ok(response.into_inner().token_ids)
+        let asked = self.servers.ask(|mut service| {
+            let request = request.clone();
+            async move { service.tokenize(request).await }
+        });
+        Ok(asked.await?.1.token_ids)
     }
 
     /// Token ids to text; special tokens may be left out.
     pub async fn detokenize(&self, token_ids: Vec<u32>, skip_special_tokens: bool) -> Result<String, Error> {
         let request = DetokenizeRequest { token_ids, skip_special_tokens };
-        let response = self.service.clone().detokenize(request).await.map_err(|status| self.error(status))?;
-        Ok(response.into_inner().text)
+        let asked = self.servers.ask(|mut service| {
+            let request = request.clone();
+            async move { service.detokenize(request).await }
+        });
+        Ok(asked.await?.1.text)
     }
 
     /// What is being served.
     pub async fn model(&self) -> Result<Model, Error> {
-        let response = self.service.clone().get_model(GetModelRequest {}).await;
-        Ok(response.map_err(|status| self.error(status))?.into_inner())
-    }
-
-    fn error(&self, status: tonic::Status) -> Error {
-        Error::from_status(&self.address, status)
+        let asked =
+            self.servers.ask(|mut service| async move { service.get_model(GetModelRequest {}).await });
+        Ok(asked.await?.1)
     }
 }

@@ -28,6 +28,9 @@ pub const COORDINATOR_MESSAGE_LIMIT: usize = 64 << 20;
 /// Bytes of a message of the public service, either way: a prompt that fills a context of 200K tokens.
 pub const PUBLIC_MESSAGE_LIMIT: usize = 16 << 20;
 
+/// Metadata of an `Unavailable` from a coordinator that stands by: where the leader's public service is, `host:port`.
+pub const LEADER_METADATA: &str = "phalanx-leader";
+
 /// A worker says that it lives, this often.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// HTTP/2 pings, this often where nothing else is heard.

@@ -133,7 +133,8 @@ impl Leader {
             return Err(EngineError::Unavailable(self.state.borrow().to_string()));
         };
         let waiting = scheduler.load().waiting;
-        if waiting >= self.config.max_waiting {
+        // An answer that goes on was let in when it began.
+        if waiting >= self.config.max_waiting && request.resume.is_none() {
             return Err(EngineError::Unavailable(format!(
                 "the queue is full ({waiting} requests wait): try again later"
             )));

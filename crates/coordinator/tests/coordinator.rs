@@ -62,7 +62,13 @@ impl Cluster {
 }
 
 fn request(prompt: &[u32], max_tokens: u32) -> Request {
-    Request { prompt: prompt.to_vec(), max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling: SamplingParams::GREEDY,
+        stop_ids: vec![],
+        resume: None,
+    }
 }
 
 async fn token(submission: &mut Submission) -> u32 {
@@ -317,4 +323,12 @@ async fn more_requests_than_may_wait_are_turned_away() {
         refused,
         EngineError::Unavailable("the queue is full (1 requests wait): try again later".into())
     );
+    // An answer that goes on was let in before.
+    let answered = continuation(PROMPT, 20)[..5].to_vec();
+    let resumed = Request { resume: Some(answered), ..request(PROMPT, 20) };
+    let mut resumed = cluster.handle.submit(resumed).await.expect("it is let in");
+    let begun = Request { resume: Some(vec![]), ..request(PROMPT, 20) };
+    let _begun = cluster.handle.submit(begun).await.expect("it is let in");
+    let _again = cluster.fake(1).start(cluster.address);
+    assert_eq!(tokens(&mut resumed).await, continuation(PROMPT, 20)[5..]);
 }

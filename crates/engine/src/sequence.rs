@@ -27,7 +27,7 @@ impl Sequence {
         Self {
             id,
             prompt_tokens: request.prompt.len(),
-            tokens: request.prompt,
+            tokens: [request.prompt.as_slice(), request.answered()].concat(),
             sampling: request.sampling,
             max_tokens,
             stop_ids: request.stop_ids,

@@ -8,6 +8,7 @@ mod files;
 mod health;
 mod pieces;
 mod request;
+mod resume;
 pub mod server;
 pub mod service;
 pub mod stop;

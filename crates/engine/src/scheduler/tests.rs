@@ -11,6 +11,7 @@ use world::{VOCABULARY, World};
 #[derive(Debug, Clone)]
 enum Action {
     Submit(Request),
+    Resume(Request, usize),
     Cancel(usize),
     Plan,
     Apply,
@@ -26,6 +27,7 @@ fn requests() -> impl Strategy<Value = Request> {
             max_tokens,
             sampling: SamplingParams { seed, ..SamplingParams::GREEDY },
             stop_ids,
+            resume: None,
         },
     )
 }
@@ -33,6 +35,7 @@ fn requests() -> impl Strategy<Value = Request> {
 fn actions() -> impl Strategy<Value = Vec<Action>> {
     let action = prop_oneof![
         6 => requests().prop_map(Action::Submit),
+        2 => (requests(), any::<usize>()).prop_map(|(request, answered)| Action::Resume(request, answered)),
         2 => any::<usize>().prop_map(Action::Cancel),
         20 => Just(Action::Plan),
         20 => Just(Action::Apply),
@@ -67,6 +70,7 @@ proptest! {
         for action in actions {
             match action {
                 Action::Submit(request) => world.submit(request),
+                Action::Resume(request, answered) => world.resume(request, answered),
                 Action::Cancel(index) => world.cancel(index),
                 Action::Plan => drop(world.plan()),
                 Action::Apply => drop(world.apply()),
@@ -100,7 +104,13 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
 };
 
 fn request(prompt: usize, max_tokens: u32) -> Request {
-    Request { prompt: vec![1; prompt], max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
+    Request {
+        prompt: vec![1; prompt],
+        max_tokens,
+        sampling: SamplingParams::GREEDY,
+        stop_ids: vec![],
+        resume: None,
+    }
 }
 
 /// Sequence, start and rows of every slice of the next step.

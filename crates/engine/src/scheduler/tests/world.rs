@@ -127,9 +127,21 @@ impl World {
 
     pub(super) fn submit(&mut self, request: Request) {
         if let Ok(seq) = self.scheduler.submit(request.clone()) {
-            let client = Client { tokens: request.prompt.clone(), request, finished: false, gone: false };
+            let tokens = [request.prompt.as_slice(), request.answered()].concat();
+            let client = Client { tokens, request, finished: false, gone: false };
             assert!(self.clients.insert(seq, client).is_none(), "an id was used twice");
         }
+    }
+
+    /// A request of which the client has a part of the answer, from another scheduler.
+    pub(super) fn resume(&mut self, mut request: Request, answered: usize) {
+        let max_context = self.scheduler.config.max_context;
+        if request.prompt.len() < max_context as usize {
+            let (tokens, _) = undisturbed(&request, max_context);
+            let answer = &tokens[request.prompt.len()..];
+            request.resume = Some(answer[..answered % answer.len()].to_vec());
+        }
+        self.submit(request);
     }
 
     pub(super) fn cancel(&mut self, index: usize) {
