@@ -68,14 +68,20 @@ pub(crate) struct Capacity {
     pub(crate) kv_blocks: u32,
     /// Steps before the first of them has ended.
     pub(crate) steps_in_flight: u32,
+    /// Rows of a step, and of them those that are sampled from, where it has memory for no more.
+    pub(crate) step_rows: Option<u32>,
+    pub(crate) sampled_rows: Option<u32>,
 }
 
 impl Capacity {
     /// What both can take.
     fn common(self, other: Self) -> Self {
+        let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
         Self {
             kv_blocks: self.kv_blocks.min(other.kv_blocks),
             steps_in_flight: self.steps_in_flight.min(other.steps_in_flight),
+            step_rows: least(self.step_rows, other.step_rows),
+            sampled_rows: least(self.sampled_rows, other.sampled_rows),
         }
     }
 }
@@ -309,7 +315,7 @@ mod tests {
     }
 
     fn capacity(kv_blocks: u32, steps_in_flight: u32) -> Capacity {
-        Capacity { kv_blocks, steps_in_flight }
+        Capacity { kv_blocks, steps_in_flight, step_rows: None, sampled_rows: Some(10 * kv_blocks) }
     }
 
     fn serving() -> (Group, WorkerId, WorkerId) {

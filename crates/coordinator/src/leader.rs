@@ -4,11 +4,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
 use cluster::{ModelReport, Session, WorkerId, encode_plan};
-use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput, StepPlan};
+use engine::{Epoch, Request, Scheduler, StepId, StepOutput, StepPlan};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
@@ -16,8 +15,9 @@ use tracing::{Span, debug, debug_span, info, warn};
 use crate::api::{EngineError, ModelInfo, Submission};
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
-use crate::group::{Capacity, Effect, Group, Standing, State};
+use crate::group::{Effect, Group, Standing, State};
 use crate::handle::CoordinatorHandle;
+use crate::limits::limits;
 use crate::requests::Requests;
 use crate::service::ClusterService;
 
@@ -221,19 +221,10 @@ impl Leader {
     }
 
     fn serve(&mut self, standing: Standing) {
-        let Standing { epoch, report, capacity: Capacity { kv_blocks, steps_in_flight } } = standing;
-        let max_context =
-            self.config.max_context.map_or(report.max_context, |limit| limit.min(report.max_context));
-        let limits = SchedulerConfig {
-            blocks: kv_blocks,
-            block_size: report.block_size,
-            max_context,
-            vocabulary: report.vocabulary,
-            max_batch_tokens: self.config.max_batch_tokens.max(1),
-            max_sequences: self.config.max_sequences.clamp(1, MAX_SLICES as u32),
-            steps_in_flight,
-        };
-        info!(%epoch, kv_blocks, steps_in_flight, ranks = self.config.width, "serving");
+        let Standing { epoch, report, capacity } = standing;
+        let limits = limits(&self.config, &report, capacity);
+        let max_context = limits.max_context;
+        info!(%epoch, ?limits, ranks = self.config.width, "serving");
         match &mut self.scheduler {
             None => self.scheduler = Some(Scheduler::new(limits, epoch)),
             Some(scheduler) => {

@@ -9,6 +9,7 @@ mod config;
 mod group;
 mod handle;
 mod leader;
+mod limits;
 mod requests;
 mod service;
 

@@ -199,7 +199,13 @@ fn command(worker: WorkerId, message: Up) -> Result<Option<Command>, Malformed> 
             let steps = ready.steps_in_flight;
             let allowed = (1..=MAX_STEPS_IN_FLIGHT).contains(&steps);
             convert::check("ready.steps_in_flight", allowed, "is out of range")?;
-            let capacity = Capacity { kv_blocks: ready.kv_blocks, steps_in_flight: steps };
+            let limit = |rows: u32| (rows > 0).then_some(rows);
+            let capacity = Capacity {
+                kv_blocks: ready.kv_blocks,
+                steps_in_flight: steps,
+                step_rows: limit(ready.step_rows),
+                sampled_rows: limit(ready.sampled_rows),
+            };
             Ok(Some(Command::Ready { worker, epoch, capacity }))
         }
         Up::Failed(failed) => {
@@ -237,7 +243,7 @@ mod tests {
     fn a_false_number_of_steps_in_flight_is_named() {
         for steps_in_flight in [0, MAX_STEPS_IN_FLIGHT + 1, u32::MAX] {
             let epoch = Some(Epoch::default().into());
-            let ready = Ready { epoch, kv_blocks: 1, weight_bytes: 1, steps_in_flight };
+            let ready = Ready { epoch, kv_blocks: 1, weight_bytes: 1, steps_in_flight, ..Ready::default() };
             let malformed = command(WorkerId(1), Up::Ready(ready)).expect_err("out of range");
             assert_eq!(malformed.field, "ready.steps_in_flight");
         }

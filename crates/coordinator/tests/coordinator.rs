@@ -203,7 +203,7 @@ async fn the_next_step_is_sent_before_the_last_is_answered() {
 #[tokio::test]
 async fn answers_do_not_depend_on_the_steps_in_flight() {
     for steps_in_flight in 1..=3 {
-        let cluster = Cluster::start_with(2, |config| config.max_batch_tokens = 8).await;
+        let cluster = Cluster::start_with(2, |config| config.max_batch_tokens = Some(8)).await;
         let ahead = |port| Fake { steps_in_flight, ..cluster.fake(port) };
         let _workers = [ahead(1).start(cluster.address), ahead(2).start(cluster.address)];
         cluster.serving().await;
@@ -309,7 +309,7 @@ async fn a_failed_load_is_reported_and_not_tried_again_unasked() {
 #[tokio::test]
 async fn more_requests_than_may_wait_are_turned_away() {
     let cluster = Cluster::start_with(1, |config| {
-        config.max_sequences = 1;
+        config.max_sequences = Some(1);
         config.max_waiting = 1;
     })
     .await;

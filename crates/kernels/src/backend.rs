@@ -271,6 +271,10 @@ pub trait Backend {
     fn step(&self, tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
         Step::new(tokens, batch, sampled)
     }
+    /// The most rows that [`Backend::step`] makes of up to so many.
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
+    }
 
     /// Runs the ops of a step, all of which are called in `body`, and returns when they are under way. Where `record` allows it, a GPU
     /// may record them and, for later steps of the same sizes, replay the record without calling `body`.

@@ -12,6 +12,7 @@ use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step, To
 use crate::error::{Error, Result};
 use crate::forward::Model;
 use crate::slots::Slots;
+use crate::source::{ModelOptions, StepSize};
 
 /// Rows of one plan: more than any sensible step, little enough that a false plan cannot exhaust memory.
 const MAX_ROWS: usize = 65_536;
@@ -28,6 +29,8 @@ pub trait Executor {
     /// Whether [`Executor::poll`] would not wait. While a step is in flight this is to be asked again and again: in between, a device
     /// that waits for other ranks looks after them.
     fn is_ready(&mut self) -> Result<bool>;
+    /// The largest step that its memory was taken for; `None`: it takes more as steps come.
+    fn largest_step(&self) -> Option<StepSize>;
     /// KV blocks that this rank can hold.
     fn kv_blocks(&self) -> usize;
     /// Bytes of weights that this rank reads for a decoded token.
@@ -49,6 +52,7 @@ pub struct ModelExecutor<B: Backend, C> {
     kv_shape: KvShape,
     limits: Limits,
     steps_in_flight: usize,
+    largest_step: Option<StepSize>,
     slots: Slots,
     /// Launched and not polled yet.
     running: VecDeque<Running>,
@@ -63,8 +67,10 @@ struct Running {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
-    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits, steps_in_flight: usize) -> Self {
-        Self { model, kv_shape, limits, steps_in_flight, slots: Slots::default(), running: VecDeque::new() }
+    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits, options: &ModelOptions) -> Self {
+        let ModelOptions { steps_in_flight, largest_step, .. } = *options;
+        let (slots, running) = (Slots::default(), VecDeque::new());
+        Self { model, kv_shape, limits, steps_in_flight, largest_step, slots, running }
     }
 
     /// The backend, for measurements between steps.
@@ -132,6 +138,10 @@ impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
             Some(oldest) if !oldest.sequences.is_empty() => self.model.choices_are_there(),
             _ => Ok(true),
         }
+    }
+
+    fn largest_step(&self) -> Option<StepSize> {
+        self.largest_step
     }
 
     fn kv_blocks(&self) -> usize {

@@ -92,8 +92,12 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
     ) -> Result<Self> {
         let dims = Dims::new(layout.config, layout.ranges, collective.rank(), layout.dtype);
-        let activations =
-            layout.largest_step.map(|size| Activations::allocate(&backend, &dims, size)).transpose()?;
+        let padded = |StepSize { rows, sampled }| StepSize {
+            rows: backend.padded_rows(rows),
+            sampled: backend.padded_rows(sampled),
+        };
+        let size = layout.largest_step.map(padded);
+        let activations = size.map(|size| Activations::allocate(&backend, &dims, size)).transpose()?;
         let kv = kv(&mut backend)?;
         Ok(Self { backend, collective, weights, kv, dims, activations })
     }

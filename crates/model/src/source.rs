@@ -169,7 +169,7 @@ impl ModelSource {
             kv_blocks,
             block_size: BLOCK_TOKENS,
         };
-        Ok(ModelExecutor::new(model, kv_shape, limits, self.options.steps_in_flight))
+        Ok(ModelExecutor::new(model, kv_shape, limits, &self.options))
     }
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.

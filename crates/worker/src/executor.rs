@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use cluster::Assignment;
 use comm::AbortHandle;
 use engine::{StepOutput, StepPlan};
-use model::Executor;
+use model::{Executor, StepSize};
 use tokio::sync::mpsc;
 use tracing::debug_span;
 
@@ -23,7 +23,7 @@ const NAP: Duration = Duration::from_micros(20);
 #[derive(Debug)]
 pub(crate) enum Progress {
     /// Weights are loaded and the collective has formed.
-    Ready { kv_blocks: usize, weight_bytes: u64, steps_in_flight: usize },
+    Ready { kv_blocks: usize, weight_bytes: u64, steps_in_flight: usize, largest_step: Option<StepSize> },
     /// A step was run; its output where this rank samples.
     Ran(Option<StepOutput>),
     /// The share could not be loaded.
@@ -71,6 +71,7 @@ impl ExecutorThread {
                 kv_blocks: executor.kv_blocks(),
                 weight_bytes: executor.weight_bytes(),
                 steps_in_flight: executor.steps_in_flight(),
+                largest_step: executor.largest_step(),
             });
             if let Err(error) = run(&mut executor, &inbox, &raised, tell) {
                 tell(Progress::StepFailed(error));

@@ -170,13 +170,16 @@ impl<L: Load> Membership<L> {
     /// News of the executor thread.
     async fn report(&mut self, epoch: Epoch, progress: Option<Progress>) -> Result<(), End> {
         match progress {
-            Some(Progress::Ready { kv_blocks, weight_bytes, steps_in_flight }) => {
-                info!(%epoch, kv_blocks, weight_bytes, steps_in_flight, "loaded");
+            Some(Progress::Ready { kv_blocks, weight_bytes, steps_in_flight, largest_step }) => {
+                info!(%epoch, kv_blocks, weight_bytes, steps_in_flight, ?largest_step, "loaded");
+                let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 let ready = Ready {
                     epoch: Some(epoch.into()),
-                    kv_blocks: u32::try_from(kv_blocks).unwrap_or(u32::MAX),
+                    kv_blocks: number(kv_blocks),
                     weight_bytes,
-                    steps_in_flight: u32::try_from(steps_in_flight).unwrap_or(u32::MAX),
+                    steps_in_flight: number(steps_in_flight),
+                    step_rows: largest_step.map_or(0, |size| number(size.rows)),
+                    sampled_rows: largest_step.map_or(0, |size| number(size.sampled)),
                 };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;

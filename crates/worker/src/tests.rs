@@ -16,7 +16,7 @@ use cluster::proto::{
 use cluster::{Assignment, Member, ModelReport, PROTOCOL, Session, WorkerId, encode_plan};
 use comm::AbortHandle;
 use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens};
-use model::Executor;
+use model::{Executor, StepSize};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -89,6 +89,10 @@ impl Executor for FakeExecutor {
 
     fn is_ready(&mut self) -> Result<bool, model::Error> {
         Ok(self.running.len() == self.steps_in_flight)
+    }
+
+    fn largest_step(&self) -> Option<StepSize> {
+        Some(StepSize { rows: 40, sampled: 9 })
     }
 
     fn kv_blocks(&self) -> usize {
@@ -238,6 +242,8 @@ impl JoinWire {
             kv_blocks: 17,
             weight_bytes: 1 << 40,
             steps_in_flight,
+            step_rows: 40,
+            sampled_rows: 9,
         };
         assert_eq!(self.hear().await, Up::Ready(ready));
     }

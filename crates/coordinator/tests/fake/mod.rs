@@ -200,6 +200,8 @@ impl Member {
             kv_blocks: 100,
             weight_bytes: 1,
             steps_in_flight: self.fake.steps_in_flight,
+            step_rows: 0,
+            sampled_rows: 0,
         };
         send(&self.up, Up::Ready(ready)).await;
         let (outputs, replies) = mpsc::channel(4);

@@ -118,6 +118,10 @@ impl Backend for Cuda {
         Step { rows, sampled_rows: rows, ..exact }
     }
 
+    fn padded_rows(&self, rows: usize) -> usize {
+        step::bucket(rows)
+    }
+
     fn run<E: From<Error>>(
         &mut self,
         step: &Step,
