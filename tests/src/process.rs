@@ -134,6 +134,15 @@ impl Phalanx {
         })
     }
 
+    /// Waits for the first line of `coordinator`; returns where workers join, and where clients connect.
+    pub fn coordinates_at(&mut self) -> (String, String) {
+        self.line(|line| {
+            let (join, address) =
+                line.strip_prefix("workers join at ")?.split_once(", clients connect at ")?;
+            Some((join.to_owned(), address.to_owned()))
+        })
+    }
+
     /// Sends a signal to the program itself.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the program runs");

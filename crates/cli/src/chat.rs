@@ -8,6 +8,7 @@ use client::{ChatMessage, Client, Conversation, Event, Prompt};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
+use crate::generate::tell_change;
 use crate::sampling::SamplingArgs;
 use crate::target::TargetArgs;
 
@@ -64,7 +65,10 @@ async fn answer(client: &Client, sampling: &SamplingArgs, prompt: Prompt) -> Res
     let mut stream = client.generate(sampling.request(prompt)).await?;
     while let Some(event) = stream.next().await {
         let piece = match event? {
-            Event::Started(_) => continue,
+            Event::Started(started) => {
+                tell_change(&started);
+                continue;
+            }
             Event::Token(token) => token.text,
             Event::Finished(finished) => finished.text + "\n",
         };

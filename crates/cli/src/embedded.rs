@@ -82,7 +82,8 @@ impl Embedded {
         let config = CoordinatorConfig::new(ranks, Secret::new(&secret)?);
         let shape = fixed(ranks, args.min_ranks.min(ranks))?;
         let config = adapt(CoordinatorConfig {
-            max_batch_tokens: args.model.max_batch_tokens(),
+            max_batch_tokens: Some(args.model.max_batch_tokens()),
+            max_sequences: Some(args.model.max_sequences()),
             policy: Policy { shape, ..config.policy },
             gather: GATHER,
             ..config

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use client::{Client, Event, FinishReason, GenerateRequest, Prompt, TokenIds, Usage};
+use client::{Client, Event, FinishReason, GenerateRequest, Prompt, Started, TokenIds, Usage};
 use futures_util::StreamExt;
 use serde_json::json;
 
@@ -75,7 +75,7 @@ async fn print_text(client: &Client, request: GenerateRequest) -> Result<()> {
     let mut answer = client.generate(request).await?;
     while let Some(event) = answer.next().await {
         match event? {
-            Event::Started(_) => {}
+            Event::Started(started) => tell_change(&started),
             Event::Token(token) => {
                 first.get_or_insert_with(Instant::now);
                 out.write_all(token.text.as_bytes())?;
@@ -95,6 +95,14 @@ async fn print_text(client: &Client, request: GenerateRequest) -> Result<()> {
     bail!("the answer ended without its last message")
 }
 
+/// Says so where an answer had to go on with something that may compute other bits.
+pub(crate) fn tell_change(started: &Started) {
+    if let Some(previous) = &started.previous_fingerprint {
+        let now = &started.fingerprint;
+        eprintln!("note: the answer goes on under fingerprint {now}, not {previous}: its words may differ");
+    }
+}
+
 fn summary(usage: Usage, prefill: std::time::Duration, decode: std::time::Duration) {
     let rate = f64::from(usage.completion_tokens.saturating_sub(1)) / decode.as_secs_f64().max(1e-9);
     eprintln!(
@@ -111,7 +119,10 @@ async fn print_json(client: &Client, request: GenerateRequest) -> Result<()> {
     let mut start = None;
     while let Some(event) = answer.next().await {
         match event? {
-            Event::Started(started) => start = Some(started),
+            Event::Started(started) => {
+                tell_change(&started);
+                start = Some(started);
+            }
             Event::Token(token) => {
                 ids.push(token.id);
                 logprobs.push(token.logprob);
@@ -133,6 +144,7 @@ async fn print_json(client: &Client, request: GenerateRequest) -> Result<()> {
                     },
                     "seed": start.seed,
                     "fingerprint": start.fingerprint,
+                    "previous_fingerprint": start.previous_fingerprint,
                 });
                 println!("{}", serde_json::to_string_pretty(&answer)?);
                 return Ok(());

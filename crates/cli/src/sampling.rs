@@ -42,6 +42,7 @@ impl SamplingArgs {
             }),
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
+            resume: None,
         }
     }
 }

@@ -1,6 +1,9 @@
 //! What can go wrong, in words for people.
 
 use std::error::Error as _;
+use std::time::Duration;
+
+use tonic::Code;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +30,29 @@ pub enum Error {
     /// The server said no; its own words.
     #[error("{}", .0.message())]
     Refused(Box<tonic::Status>),
+    /// No server went on with an answer.
+    #[error("gave up after {patience:?}")]
+    GaveUp {
+        /// How long it was tried.
+        patience: Duration,
+        /// How the last try ended.
+        source: Box<Error>,
+    },
     /// Something that this version does not understand.
     #[error("the server sent {0}, which this client does not understand")]
     Protocol(&'static str),
 }
 
 impl Error {
+    /// Whether another server, or the same one later, may do what this one did not.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::Lost { .. } => true,
+            Self::Refused(status) => status.code() == Code::Unavailable,
+            Self::Address(_) | Self::GaveUp { .. } | Self::Protocol(_) => false,
+        }
+    }
+
     /// A status is the server's own unless the transport made it, in which case it has a cause.
     pub(crate) fn from_status(address: &str, status: tonic::Status) -> Self {
         if status.source().is_some() {

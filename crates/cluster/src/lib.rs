@@ -28,7 +28,9 @@ pub use report::{Difference, ModelReport};
 pub use worker::{Candidate, Resources, WorkerId};
 
 /// Version of the internal service; a worker and a coordinator must have the same.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
+/// Steps that a worker may offer to take before the first of them has ended.
+pub const MAX_STEPS_IN_FLIGHT: u32 = 16;
 
 /// Bytes of a message from a worker: reports and outputs.
 pub const WORKER_MESSAGE_LIMIT: usize = 1 << 20;
@@ -36,6 +38,9 @@ pub const WORKER_MESSAGE_LIMIT: usize = 1 << 20;
 pub const COORDINATOR_MESSAGE_LIMIT: usize = 64 << 20;
 /// Bytes of a message of the public service, either way: a prompt that fills a context of 200K tokens.
 pub const PUBLIC_MESSAGE_LIMIT: usize = 16 << 20;
+
+/// Metadata of an `Unavailable` from a coordinator that stands by: where the leader's public service is, `host:port`.
+pub const LEADER_METADATA: &str = "phalanx-leader";
 
 /// HTTP/2 pings, this often where nothing else is heard.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);

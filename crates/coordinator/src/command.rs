@@ -4,16 +4,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame};
-use cluster::{Progress, Session, WorkerId};
+use cluster::{MAX_STEPS_IN_FLIGHT, Progress, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::api::{EngineError, Submission};
-use crate::group::Newcomer;
+use crate::group::{Capacity, Newcomer};
 
-/// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
-pub(crate) const PLANS_BUFFERED: usize = 4;
+/// Plans on their way to one rank: as many steps as can be in flight, and a few that a rank which does not sample may be behind. One
+/// that lets more pile up is broken.
+pub(crate) const PLANS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize + 4;
 
 /// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
 pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
@@ -37,7 +38,7 @@ pub(crate) enum Command {
     /// It lives, and is so far.
     Heartbeat { worker: WorkerId, progress: Progress },
     /// It has loaded its share, which took so long.
-    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32, loading: Duration },
+    Ready { worker: WorkerId, epoch: Epoch, capacity: Capacity, loading: Duration },
     /// It could not load, or not run a step, maybe because of another rank.
     Failed { worker: WorkerId, epoch: Epoch, reason: String, at_rank: Option<usize> },
     /// Its Join stream has ended.

@@ -93,8 +93,33 @@ pub(crate) struct Standing {
     pub(crate) report: ModelReport,
     /// Its ranks.
     pub(crate) ranks: usize,
-    /// KV blocks that every rank has.
+    /// What every rank has.
+    pub(crate) capacity: Capacity,
+}
+
+/// What a rank that has loaded its share can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    /// KV blocks.
     pub(crate) kv_blocks: u32,
+    /// Steps before the first of them has ended.
+    pub(crate) steps_in_flight: u32,
+    /// Rows of a step, and of them those that are sampled from, where it has memory for no more.
+    pub(crate) step_rows: Option<u32>,
+    pub(crate) sampled_rows: Option<u32>,
+}
+
+impl Capacity {
+    /// What both can take.
+    fn common(self, other: Self) -> Self {
+        let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
+        Self {
+            kv_blocks: self.kv_blocks.min(other.kv_blocks),
+            steps_in_flight: self.steps_in_flight.min(other.steps_in_flight),
+            step_rows: least(self.step_rows, other.step_rows),
+            sampled_rows: least(self.sampled_rows, other.sampled_rows),
+        }
+    }
 }
 
 /// The workers of one coordinator and the group that they form.
@@ -118,7 +143,7 @@ enum Phase {
     Waiting,
     /// Ranks report one after the other.
     Loading {
-        kv_blocks: BTreeMap<WorkerId, u32>,
+        ready: BTreeMap<WorkerId, Capacity>,
         attached: BTreeSet<WorkerId>,
     },
     Serving,
@@ -202,14 +227,14 @@ impl Group {
     }
 
     /// A worker has loaded its share.
-    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, blocks: u32) -> Vec<Effect> {
-        if blocks == 0 {
+    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, capacity: Capacity) -> Vec<Effect> {
+        if capacity.kv_blocks == 0 {
             return self.fail(worker, epoch, "has no room for KV blocks", None);
         }
         let ours = epoch == self.epoch && self.is_member(worker);
         match &mut self.phase {
-            Phase::Loading { kv_blocks, .. } if ours => {
-                kv_blocks.insert(worker, blocks);
+            Phase::Loading { ready, .. } if ours => {
+                ready.insert(worker, capacity);
                 self.serve()
             }
             _ => Vec::new(),
@@ -229,17 +254,18 @@ impl Group {
     pub(crate) fn serve(&mut self) -> Vec<Effect> {
         let Some(group) = self.formation.groups.first() else { return Vec::new() };
         let ranks = group.workers().count();
-        let kv_blocks = match &self.phase {
-            Phase::Loading { kv_blocks, attached } if kv_blocks.len() == ranks && attached.len() == ranks => {
-                kv_blocks.values().copied().min().unwrap_or(0)
+        let capacity = match &self.phase {
+            Phase::Loading { ready, attached } if ready.len() == ranks && attached.len() == ranks => {
+                ready.values().copied().reduce(Capacity::common)
             }
             _ => return Vec::new(),
         };
+        let Some(capacity) = capacity else { return Vec::new() };
         let report = group.report.clone();
         self.failure = None;
         self.served = Some(report.clone());
         self.phase = Phase::Serving;
-        vec![Effect::Serve(Standing { epoch: self.epoch, report, ranks, kv_blocks })]
+        vec![Effect::Serve(Standing { epoch: self.epoch, report, ranks, capacity })]
     }
 
     /// A worker is gone.
@@ -332,7 +358,7 @@ impl Group {
     fn assign(&mut self, formation: Formation) -> Vec<Effect> {
         self.epoch.counter += 1;
         self.formation = formation;
-        self.phase = Phase::Loading { kv_blocks: BTreeMap::new(), attached: BTreeSet::new() };
+        self.phase = Phase::Loading { ready: BTreeMap::new(), attached: BTreeSet::new() };
         let Some(group) = self.formation.groups.first() else { return Vec::new() };
         let assign = |ranks: &[Rank]| -> Vec<Effect> {
             let members: Vec<_> = ranks.iter().map(|rank| rank.member.clone()).collect();

@@ -2,14 +2,13 @@
 
 mod tend;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame, Welcome};
 use cluster::{Session, WorkerId, encode_plan};
-use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
+use engine::{Epoch, Request, Scheduler, StepId, StepOutput, StepPlan};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 use tonic::Status;
@@ -23,6 +22,7 @@ use crate::group::{Effect, Group, Newcomer, Standing, State};
 use crate::handle::CoordinatorHandle;
 use crate::incidents::Incidents;
 use crate::leader::tend::Pace;
+use crate::limits::limits;
 use crate::requests::Requests;
 use crate::service::ClusterService;
 use crate::status::{Rates, View};
@@ -54,7 +54,7 @@ impl Coordinator {
             workers: BTreeMap::new(),
             scheduler: None,
             requests: Requests::default(),
-            step: None,
+            steps: VecDeque::new(),
             state: state_sender,
             model: model_sender,
         };
@@ -79,8 +79,8 @@ struct Leader {
     /// There is one from the first group on; it outlives every group.
     scheduler: Option<Scheduler>,
     requests: Requests,
-    /// The step in flight.
-    step: Option<Step>,
+    /// The steps in flight, oldest first.
+    steps: VecDeque<Step>,
     state: watch::Sender<State>,
     model: watch::Sender<Option<ModelInfo>>,
 }
@@ -115,7 +115,7 @@ impl Leader {
             while let Ok(command) = inbox.try_recv() {
                 self.handle(command);
             }
-            self.plan_step();
+            self.plan_steps();
         }
     }
 
@@ -138,11 +138,11 @@ impl Leader {
                     self.detector.heard(worker, progress, Instant::now());
                 }
             }
-            Command::Ready { worker, epoch, kv_blocks, loading } => {
+            Command::Ready { worker, epoch, capacity, loading } => {
                 if epoch == self.group.epoch() {
                     self.incidents.loaded(loading);
                 }
-                let effects = self.group.ready(worker, epoch, kv_blocks);
+                let effects = self.group.ready(worker, epoch, capacity);
                 self.perform(effects);
             }
             Command::Failed { worker, epoch, reason, at_rank } => self.fail(worker, epoch, &reason, at_rank),
@@ -168,7 +168,8 @@ impl Leader {
             return Err(EngineError::Unavailable(self.state.borrow().to_string()));
         };
         let waiting = scheduler.load().waiting;
-        if waiting >= self.config.max_waiting {
+        // An answer that goes on was let in when it began.
+        if waiting >= self.config.max_waiting && request.resume.is_none() {
             return Err(EngineError::Unavailable(format!(
                 "the queue is full ({waiting} requests wait): try again later"
             )));
@@ -257,24 +258,16 @@ impl Leader {
             }
         }
         if let Some(state) = self.group.state() {
-            self.step = None;
+            self.steps.clear();
             self.set_state(state);
         }
     }
 
     fn serve(&mut self, standing: Standing) {
-        let Standing { epoch, report, ranks, kv_blocks } = standing;
-        let context = self.config.policy.context;
-        let max_context = context.map_or(report.max_context, |limit| limit.min(report.max_context));
-        let limits = SchedulerConfig {
-            blocks: kv_blocks,
-            block_size: report.block_size,
-            max_context,
-            vocabulary: report.vocabulary,
-            max_batch_tokens: self.config.max_batch_tokens.max(1),
-            max_sequences: self.config.max_sequences.clamp(1, MAX_SLICES as u32),
-        };
-        info!(%epoch, kv_blocks, ranks, "serving");
+        let Standing { epoch, report, ranks, capacity } = standing;
+        let limits = limits(&self.config, &report, capacity);
+        let max_context = limits.max_context;
+        info!(%epoch, ?limits, ranks, "serving");
         match &mut self.scheduler {
             None => self.scheduler = Some(Scheduler::new(limits, epoch)),
             Some(scheduler) => {
@@ -310,7 +303,8 @@ impl Leader {
         let Some(scheduler) = &mut self.scheduler else { return };
         match scheduler.apply(output) {
             Ok(events) => {
-                if let Some(Step { span, planned, .. }) = self.step.take_if(|step| step.id == output.step) {
+                let applied = self.steps.pop_front_if(|step| step.id == output.step);
+                if let Some(Step { span, planned, .. }) = applied {
                     span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
                 }
                 self.applied(output.step, &events);
@@ -320,19 +314,24 @@ impl Leader {
         }
     }
 
-    /// Plans the next step if the group stands and none is in flight, and sends it to every rank.
-    fn plan_step(&mut self) {
+    /// Plans steps as long as the group stands and takes more, and sends each to every rank.
+    fn plan_steps(&mut self) {
         let Some(scheduler) = &mut self.scheduler else { return };
         self.requests.hung_up().into_iter().for_each(|seq| scheduler.cancel(seq));
-        if self.group.sampler().is_none() {
-            return;
+        while self.group.sampler().is_some()
+            && let Some(plan) = self.scheduler.as_mut().and_then(Scheduler::plan)
+        {
+            self.send(&plan);
         }
-        let Some(plan) = scheduler.plan() else { return };
+    }
+
+    fn send(&mut self, plan: &StepPlan) {
         let (epoch, step) = (plan.epoch, plan.step);
         let span = debug_span!("step", %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
-        let frame = StepFrame { plan: encode_plan(&plan) };
-        self.detector.planned(step, plan.rows(), Instant::now());
-        self.step = Some(Step { id: step, span, planned: Instant::now() });
+        let frame = StepFrame { plan: encode_plan(plan) };
+        let now = Instant::now();
+        self.detector.planned(step, plan.rows(), now);
+        self.steps.push_back(Step { id: step, span, planned: now });
         let stuck = self.workers.iter().find_map(|(worker, connection)| {
             let plans = connection.plans.as_ref()?;
             plans.try_send(Ok(frame.clone())).is_err().then_some(*worker)

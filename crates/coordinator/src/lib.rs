@@ -11,6 +11,7 @@ mod group;
 mod handle;
 mod incidents;
 mod leader;
+mod limits;
 mod requests;
 mod service;
 mod status;

@@ -10,7 +10,7 @@ pub enum AdmitError {
     #[error("the prompt is empty: at least one token is needed")]
     EmptyPrompt,
     /// The embedding has no row for it.
-    #[error("token id {id} at position {position} of the prompt is outside the vocabulary of {vocabulary}")]
+    #[error("token id {id} at position {position} is outside the vocabulary of {vocabulary}")]
     UnknownToken {
         /// The id.
         id: u32,
@@ -46,6 +46,14 @@ pub enum AdmitError {
     /// Nothing asked for.
     #[error("max_tokens is 0: at least 1 is needed")]
     NoTokens,
+    /// Nothing left to generate.
+    #[error("the answer has {answered} tokens already, and max_tokens is {max_tokens}: it is over")]
+    Answered {
+        /// Tokens of the answer to go on with.
+        answered: usize,
+        /// The limit.
+        max_tokens: u32,
+    },
     /// Not a temperature.
     #[error("temperature is {0}: use a number from 0 (greedy) upwards")]
     Temperature(f32),
@@ -69,7 +77,14 @@ pub(crate) fn admit(request: &Request, config: &SchedulerConfig) -> Result<u32, 
     if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
         return Err(AdmitError::TopP(sampling.top_p));
     }
-    room(&request.prompt, request.max_tokens, config)
+    let (answered, max_tokens) = (request.answered(), request.max_tokens);
+    match u32::try_from(answered.len()) {
+        Ok(0) => room(&request.prompt, max_tokens, config),
+        Ok(count) if count < max_tokens => {
+            Ok(count + room(&[&request.prompt, answered].concat(), max_tokens - count, config)?)
+        }
+        _ => Err(AdmitError::Answered { answered: answered.len(), max_tokens }),
+    }
 }
 
 /// How many of `max_tokens` more tokens a sequence of `tokens` may generate; fails if a group of these limits can
@@ -102,10 +117,17 @@ mod tests {
         vocabulary: 50,
         max_batch_tokens: 16,
         max_sequences: 4,
+        steps_in_flight: 1,
     };
 
     fn request(prompt: usize, max_tokens: u32) -> Request {
-        Request { prompt: vec![49; prompt], max_tokens, sampling: SamplingParams::GREEDY, stop_ids: vec![] }
+        Request {
+            prompt: vec![49; prompt],
+            max_tokens,
+            sampling: SamplingParams::GREEDY,
+            stop_ids: vec![],
+            resume: None,
+        }
     }
 
     #[test]
@@ -123,6 +145,25 @@ mod tests {
         assert_eq!(admit(&request(99, u32::MAX), &config), Ok(1));
         let too_long = AdmitError::PromptTooLong { prompt: 100, max_context: 100 };
         assert_eq!(admit(&request(100, 1), &config), Err(too_long));
+    }
+
+    #[test]
+    fn an_answer_that_goes_on_has_the_limits_of_one_from_the_start() {
+        let going_on = |answered, max_tokens| {
+            let request = Request { resume: Some(vec![49; answered]), ..request(30, max_tokens) };
+            admit(&request, &CONFIG)
+        };
+        for answered in 0..3 {
+            assert_eq!(going_on(answered, 3), Ok(3));
+            let too_large = AdmitError::TooLarge { tokens: 33, needed: 5, blocks: 4 };
+            assert_eq!(going_on(answered, 4), Err(too_large));
+        }
+        assert_eq!(going_on(3, 3), Err(AdmitError::Answered { answered: 3, max_tokens: 3 }));
+        let clipped = Request { resume: Some(vec![49; 5]), ..request(90, u32::MAX) };
+        assert_eq!(admit(&clipped, &SchedulerConfig { blocks: 100, ..CONFIG }), Ok(10));
+        let unknown = Request { resume: Some(vec![1, 50]), ..request(3, 9) };
+        let error = AdmitError::UnknownToken { id: 50, position: 4, vocabulary: 50 };
+        assert_eq!(admit(&unknown, &CONFIG), Err(error));
     }
 
     #[test]

@@ -31,6 +31,16 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Ids that end the sequence when generated (they are reported as its last token); empty to ignore them.
     pub stop_ids: Vec<u32>,
+    /// Where this goes on with an answer that another coordinator began: its tokens so far, which count towards
+    /// `max_tokens` and are not reported again. An answer may have begun without any.
+    pub resume: Option<Vec<u32>>,
+}
+
+impl Request {
+    /// Tokens of the answer that exist already.
+    pub(crate) fn answered(&self) -> &[u32] {
+        self.resume.as_deref().unwrap_or_default()
+    }
 }
 
 /// Why a sequence ended.

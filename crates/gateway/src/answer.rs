@@ -23,7 +23,7 @@ use crate::tokenizer::Tokenizer;
 #[derive(Debug)]
 pub struct Answer {
     tokenizer: Option<Arc<Tokenizer>>,
-    /// Gone once the answer is over.
+    /// Gone once the answer is over, and not there before it is submitted.
     submission: Option<Submission>,
     /// Responses that the client has not read.
     ready: VecDeque<Event>,
@@ -35,10 +35,9 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// An answer that opens with `started`.
+    /// An answer that opens with `started`, and then [follows](Self::follow) a submission.
     pub(crate) fn new(
         tokenizer: Option<Arc<Tokenizer>>,
-        submission: Submission,
         started: proto::Started,
         stop: StopFilter,
         stop_ids: Vec<u32>,
@@ -47,7 +46,7 @@ impl Answer {
         let span = tracing::info_span!("answer", request = started.request_id, prompt_tokens);
         Self {
             tokenizer,
-            submission: Some(submission),
+            submission: None,
             ready: VecDeque::from([Event::Started(started)]),
             detokenizer: Detokenizer::default(),
             stop,
@@ -55,6 +54,36 @@ impl Answer {
             usage: Usage { prompt_tokens, completion_tokens: 0 },
             span,
         }
+    }
+
+    /// Goes through tokens that the client has: what follows continues their text. If they are the whole answer, it is over.
+    /// Fails if they go on after its end.
+    pub(crate) fn replay(&mut self, tokens: &[u32], max_tokens: u32) -> Result<(), Status> {
+        for (index, &id) in tokens.iter().enumerate() {
+            if self.is_over() {
+                return Err(Status::invalid_argument(format!(
+                    "resume.token_ids has {} tokens, and the answer ended after {index}",
+                    tokens.len()
+                )));
+            }
+            self.text(id);
+            if self.stop.stopped() || self.stop_ids.contains(&id) {
+                self.finish(FinishReason::Stop, self.usage);
+            } else if self.usage.completion_tokens >= max_tokens {
+                self.finish(FinishReason::Length, self.usage);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the last response is there already.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.ready.back(), Some(Event::Finished(_)))
+    }
+
+    /// Goes on with what the engine generates.
+    pub(crate) fn follow(&mut self, submission: Submission) {
+        self.submission = Some(submission);
     }
 
     fn take(&mut self, event: Option<EngineEvent>) -> Result<(), Status> {
@@ -72,12 +101,17 @@ impl Answer {
         }
     }
 
-    fn token(&mut self, id: u32, logprob: f32) {
+    /// The text that becomes certain with a token.
+    fn text(&mut self, id: u32) -> String {
         self.usage.completion_tokens += 1;
         let ends = self.stop_ids.contains(&id);
         let tokenizer = self.tokenizer.as_ref().filter(|_| !ends);
         let piece = tokenizer.map_or_else(Vec::new, |tokenizer| tokenizer.piece(id, true));
-        let text = self.stop.push(&self.detokenizer.push(&piece));
+        self.stop.push(&self.detokenizer.push(&piece))
+    }
+
+    fn token(&mut self, id: u32, logprob: f32) {
+        let text = self.text(id);
         self.ready.push_back(Event::Token(proto::Token { id, text, logprob }));
         if self.stop.stopped() {
             self.finish(FinishReason::Stop, self.usage);

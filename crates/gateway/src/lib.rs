@@ -9,6 +9,7 @@ mod health;
 mod monitor;
 mod pieces;
 mod request;
+mod resume;
 pub mod server;
 pub mod service;
 pub mod stop;

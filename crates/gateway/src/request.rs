@@ -7,6 +7,7 @@ use engine::SamplingParams;
 use tonic::Status;
 
 use crate::chat::{Message, PromptError};
+use crate::resume::Resume;
 use crate::tokenizer::Tokenizer;
 
 /// Tokens that are generated where the request does not say.
@@ -59,10 +60,13 @@ pub(crate) struct Options {
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
+    /// The answer so far, of a request that goes on.
+    pub(crate) resume: Option<Resume>,
 }
 
 /// Takes a request apart.
-pub(crate) fn parse(request: GenerateRequest, model: &ModelInfo) -> Result<(Input, Options), Status> {
+pub(crate) fn parse(mut request: GenerateRequest, model: &ModelInfo) -> Result<(Input, Options), Status> {
+    let resume = request.resume.take().map(|resume| Resume::parse(resume, &request, model)).transpose()?;
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     if max_tokens == 0 {
         return Err(Status::invalid_argument("max_tokens is 0, and must be at least 1"));
@@ -70,7 +74,7 @@ pub(crate) fn parse(request: GenerateRequest, model: &ModelInfo) -> Result<(Inpu
     check_stop(&request.stop)?;
     let sampling = sampling(&request.sampling.unwrap_or_default())?;
     let input = input(request.prompt, model)?;
-    Ok((input, Options { max_tokens, sampling, stop: request.stop, ignore_eos: request.ignore_eos }))
+    Ok((input, Options { max_tokens, sampling, stop: request.stop, ignore_eos: request.ignore_eos, resume }))
 }
 
 /// Checks the ids of a prompt and gives back how many tokens the context has left.

@@ -18,6 +18,9 @@ const SHORT_TEXT_BYTES: usize = 16 << 10;
 /// Long texts that are tokenized at the same time: the longest take ten seconds and two gigabytes each.
 const LONG_TEXTS: usize = 2;
 
+/// Shorter answers are replayed on the spot, in two milliseconds at most.
+const SHORT_ANSWER_TOKENS: usize = 1024;
+
 /// Implements `phalanx.v1.Generation` over an engine.
 #[derive(Clone)]
 pub struct GenerationService {
@@ -94,21 +97,20 @@ impl Generation for GenerationService {
         };
         let room = request::check_prompt(&prompt, &model, self.tokenizer.as_deref())?;
         let stop_ids = if options.ignore_eos { Vec::new() } else { self.stop_ids(&model) };
-        let started = proto::Started {
-            request_id: format!("{:016x}", rand::random::<u64>()),
-            seed: options.sampling.seed,
-            prompt_token_ids: prompt.clone(),
-            fingerprint: model.fingerprint,
-        };
-        let request = engine::Request {
-            prompt,
-            max_tokens: options.max_tokens.min(room),
-            sampling: options.sampling,
-            stop_ids: stop_ids.clone(),
-        };
-        let submission = self.engine.submit(request).await.map_err(engine_status)?;
+        let max_tokens = options.max_tokens.min(room);
+        let started = started(&model, &options, &prompt);
         let stop = StopFilter::new(&options.stop);
-        Ok(Response::new(Answer::new(self.tokenizer.clone(), submission, started, stop, stop_ids)))
+        let mut answer = Answer::new(self.tokenizer.clone(), started, stop, stop_ids.clone());
+        let mut tokens = options.resume.map(|resume| resume.tokens);
+        if let Some(tokens) = &mut tokens {
+            answer = replay(answer, tokens, max_tokens).await?;
+        }
+        if !answer.is_over() {
+            let sampling = options.sampling;
+            let request = engine::Request { prompt, max_tokens, sampling, stop_ids, resume: tokens };
+            answer.follow(self.engine.submit(request).await.map_err(engine_status)?);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn tokenize(
@@ -149,6 +151,39 @@ impl Generation for GenerationService {
             has_chat_template: self.tokenizer.as_ref().is_some_and(|tokenizer| tokenizer.has_chat_template()),
         }))
     }
+}
+
+/// What a stream opens with.
+fn started(model: &ModelInfo, options: &request::Options, prompt: &[u32]) -> proto::Started {
+    let resume = options.resume.as_ref();
+    let previous_fingerprint = resume
+        .filter(|resume| resume.fingerprint != model.fingerprint)
+        .map(|resume| resume.fingerprint.clone());
+    proto::Started {
+        request_id: resume
+            .map_or_else(|| format!("{:016x}", rand::random::<u64>()), |resume| resume.request_id.clone()),
+        seed: options.sampling.seed,
+        prompt_token_ids: prompt.to_vec(),
+        fingerprint: model.fingerprint.clone(),
+        resumed_tokens: resume.map_or(0, |resume| resume.tokens.len() as u32),
+        previous_fingerprint,
+    }
+}
+
+/// [`Answer::replay`], away from the threads that serve connections where it takes long.
+async fn replay(mut answer: Answer, tokens: &mut Vec<u32>, max_tokens: u32) -> Result<Answer, Status> {
+    if tokens.len() <= SHORT_ANSWER_TOKENS {
+        answer.replay(tokens, max_tokens)?;
+        return Ok(answer);
+    }
+    let long = std::mem::take(tokens);
+    let task = move || {
+        let replayed = answer.replay(&long, max_tokens);
+        (replayed, answer, long)
+    };
+    let (replayed, answer, long) = tokio::task::spawn_blocking(task).await.map_err(broken)?;
+    *tokens = long;
+    replayed.map(|()| answer)
 }
 
 fn broken(error: impl std::fmt::Display) -> Status {

@@ -9,6 +9,7 @@ pub mod names;
 mod error;
 mod forward;
 mod needs;
+mod slots;
 mod source;
 mod weights;
 
@@ -17,4 +18,5 @@ pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
 pub use needs::MemoryNeeds;
-pub use source::{ModelOptions, ModelSource, Report};
+pub use source::{ModelOptions, ModelSource, Report, StepSize};
+pub use weights::readers;

@@ -1,15 +1,15 @@
 //! What shares of a model take of a device's memory: measured on one layer of one unit, and computed for the rest.
 
 use engine::units;
-use kernels::{BLOCK_TOKENS, Backend, DType, KvShape};
+use kernels::{BLOCK_TOKENS, Backend, CHOSEN_COLS, DType, KvShape};
 
 use crate::error::Result;
 use crate::names::Tensor;
-use crate::source::ModelSource;
+use crate::source::{ModelSource, StepSize};
 use crate::weights::{Weights, ffn_width};
 
-/// Rows of activations where the options name no largest step.
-const USUAL_STEP_ROWS: usize = 512;
+/// Activations where the options name no largest step.
+const USUAL_STEP: StepSize = StepSize { rows: 512, sampled: 64 };
 
 /// Bytes that a model's parts take on a backend. Units differ by a group of columns or a row: these are the largest one's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,22 +37,22 @@ impl ModelSource {
         let shape = &self.config.shape;
         let units = units(shape);
         let dtype = self.options.dtype;
-        let layer_unit =
-            Weights::sample(backend, &self.config, &self.checkpoint, &units, dtype)?.bytes(backend);
+        let layer_unit = Weights::sample(backend, &self.config, &self.origin, &units, dtype)?.bytes(backend);
         let largest = |size: &dyn Fn(&engine::Unit) -> usize| units.iter().map(size).max().unwrap_or(0);
         let vocab = largest(&|unit| unit.vocab.len());
         let ffn = largest(&ffn_width);
 
         let f32 = DType::F32.size();
         let (hidden, head, compute) = (shape.hidden, shape.head_dim, dtype.size());
-        let rows = self.options.step_rows.unwrap_or(USUAL_STEP_ROWS);
+        let StepSize { rows, sampled } = self.options.largest_step.unwrap_or(USUAL_STEP);
+        let (rows, sampled) = (backend.padded_rows(rows), backend.padded_rows(sampled));
         let heads = shape.group() * head;
         // As `forward::Activations` has them; a rank has a partial sum for each of its sub-trees, which are fewer than its units.
-        let of_unit = (heads + 2 * head) * f32
-            + 2 * heads * compute
-            + ffn * (2 * f32 + compute)
-            + (vocab + hidden) * f32;
-        let of_rank = hidden * (4 * f32 + compute) + head * f32 + shape.vocab * f32;
+        let of_unit = rows
+            * ((heads + 2 * head) * f32 + 2 * heads * compute + ffn * (2 * f32 + compute) + hidden * f32)
+            + sampled * vocab * f32;
+        let of_rank = rows * (hidden * (2 * f32 + compute) + head * f32)
+            + sampled * (2 * hidden + shape.vocab + CHOSEN_COLS) * f32;
         let norms = (2 * shape.layers + 1) * hidden * f32;
 
         let one = KvShape { layers: 1, ..self.kv_shape(1) };
@@ -61,9 +61,9 @@ impl ModelSource {
             layer_unit: layer_unit as u64,
             embedding_unit: (vocab * hidden * compute) as u64,
             // bf16 weights stay bf16 under f32.
-            head_unit: (vocab * hidden * self.checkpoint.dtype(Tensor::Head)?.size().min(compute)) as u64,
-            activation_unit: (rows * of_unit) as u64,
-            rank: (rows * of_rank + norms) as u64,
+            head_unit: (vocab * hidden * self.origin.element_bytes(Tensor::Head).min(compute)) as u64,
+            activation_unit: of_unit as u64,
+            rank: (of_rank + norms) as u64,
             kv_token: backend.kv_block_bytes(one).div_ceil(BLOCK_TOKENS) as u64,
         })
     }
@@ -85,7 +85,8 @@ mod tests {
                 kv_dtype: dtype,
                 max_context: None,
                 kv_memory: Some(1 << 20),
-                step_rows: None,
+                largest_step: None,
+                steps_in_flight: 1,
                 progress: false,
             };
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/yi-nano");

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use auth::Secret;
+use comm::CollectiveChoice;
 use kernels::CudaOptions;
 use model::ModelOptions;
 
@@ -17,7 +18,12 @@ pub enum Device {
         threads: usize,
     },
     /// A GPU.
-    Cuda(CudaOptions),
+    Cuda {
+        /// How it is used.
+        options: CudaOptions,
+        /// How it exchanges with those of the other ranks.
+        collective: CollectiveChoice,
+    },
 }
 
 /// How one worker runs.

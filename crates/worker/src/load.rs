@@ -12,7 +12,7 @@ use model::{Executor, ModelExecutor, ModelSource};
 use crate::{Device, WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
-const FORM_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
 
 /// Builds executors. It goes to the executor thread; what it builds never leaves that.
 pub(crate) trait Load: Send + Sync + 'static {
@@ -101,11 +101,11 @@ fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources,
     let memory = config.memory.map_or(available, |limit| limit.min(available));
     let kv_memory = match config.options.kv_memory {
         Some(bytes) => bytes,
-        None => backend.kv_budget()?.min(memory),
+        None => backend.kv_budget(u64::MAX)?.min(memory),
     };
     let device = match config.device {
         Device::Cpu { .. } => "cpu",
-        Device::Cuda(_) => "cuda",
+        Device::Cuda { .. } => "cuda",
     };
     Ok(Resources { zone: config.zone.clone(), device: device.into(), memory, kv_memory })
 }

@@ -61,6 +61,11 @@ fn assigned(effects: &[Effect]) -> (Vec<WorkerId>, Option<u64>) {
     (workers, assignments.first().map(|assignment| assignment.epoch.counter))
 }
 
+fn capacity(kv_blocks: u32) -> Capacity {
+    let steps_in_flight = 1 + kv_blocks % 2;
+    Capacity { kv_blocks, steps_in_flight, step_rows: None, sampled_rows: Some(10 * kv_blocks) }
+}
+
 /// All members of the epoch that loads come to serve.
 fn serve(group: &mut Group) -> Standing {
     let (epoch, members) = (group.epoch(), group.members().collect::<Vec<_>>());
@@ -68,7 +73,7 @@ fn serve(group: &mut Group) -> Standing {
     for (rank, worker) in members.iter().enumerate() {
         assert_eq!(effects, [], "served before rank {rank} was there");
         assert!(group.attach(*worker, epoch));
-        effects = group.ready(*worker, epoch, 10 - rank as u32);
+        effects = group.ready(*worker, epoch, capacity(10 - rank as u32));
     }
     let [Effect::Serve(standing)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!(group.sampler(), Some((epoch, members[0])));
@@ -80,7 +85,9 @@ fn serving() -> (Group, WorkerId, WorkerId) {
     assert_eq!(assigned(&group.muster(false)), (vec![first, second], Some(1)));
     assert_eq!(group.state(), Some(State::Loading));
     let standing = serve(&mut group);
-    assert_eq!((standing.epoch, standing.ranks, standing.kv_blocks), (epoch(1), 2, 9));
+    assert_eq!((standing.epoch, standing.ranks), (epoch(1), 2));
+    let least = Capacity { kv_blocks: 9, steps_in_flight: 1, step_rows: None, sampled_rows: Some(90) };
+    assert_eq!(standing.capacity, least);
     (group, first, second)
 }
 
@@ -104,7 +111,7 @@ fn a_lost_member_ends_the_epoch_and_a_new_one_begins_the_next() {
     assert_ne!(third, second);
     assert_eq!(assigned(&group.muster(false)), (vec![first, third], Some(2)));
     // What comes late from the epoch before changes nothing.
-    assert_eq!(group.ready(first, epoch(1), 10), []);
+    assert_eq!(group.ready(first, epoch(1), capacity(10)), []);
     assert_eq!(group.fail(first, epoch(1), "late", None), []);
     assert!(!group.attach(first, epoch(1)));
     assert_eq!(group.state(), Some(State::Loading));

@@ -15,7 +15,7 @@ use cluster::{
     Activity, Assignment, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
     decode_plan,
 };
-use engine::{Epoch, SampledToken, SeqSlice, StepOutput, StepPlan};
+use engine::{Epoch, SampledToken, SeqSlice, SlotId, StepOutput, StepPlan, Tokens};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -69,6 +69,8 @@ pub(crate) struct Fake {
     pub(crate) stale_outputs: bool,
     /// Says this instead of loading.
     pub(crate) load_failure: Option<String>,
+    /// Steps that it takes before it has answered the first of them.
+    pub(crate) steps_in_flight: u32,
     /// In the first epoch, steps from this one on are not answered.
     pub(crate) hold_from: Option<u64>,
     /// In the first epoch, it hangs in this step and all later ones; other ranks wait for it.
@@ -103,6 +105,8 @@ struct Member {
     progress: Progress,
     /// Token ids by block and offset.
     kv: HashMap<(u32, u32), u32>,
+    /// By slot, of this epoch.
+    last_sampled: HashMap<SlotId, u32>,
 }
 
 impl Fake {
@@ -115,6 +119,7 @@ impl Fake {
             heartbeats: true,
             stale_outputs: false,
             load_failure: None,
+            steps_in_flight: 1,
             hold_from: None,
             hangs: None,
             accuses: None,
@@ -155,8 +160,19 @@ impl Fake {
         send(&up, Up::Proof(session.worker_proof())).await;
         let Down::Welcome(welcome) = receive(&mut down).await? else { panic!("no welcome") };
         let id = WorkerId(welcome.worker_id);
-        let (progress, kv) = (Progress::default(), HashMap::new());
-        Ok(Member { fake: self, id, session, service, up, down, steps: None, rank: 0, progress, kv })
+        Ok(Member {
+            fake: self,
+            id,
+            session,
+            service,
+            up,
+            down,
+            steps: None,
+            rank: 0,
+            progress: Progress::default(),
+            kv: HashMap::new(),
+            last_sampled: HashMap::new(),
+        })
     }
 }
 
@@ -195,6 +211,7 @@ impl Member {
         }
         self.rank = rank;
         self.kv.clear();
+        self.last_sampled.clear();
         self.progress.epoch = Some(epoch);
         let ready = Ready {
             epoch: Some(epoch.into()),
@@ -202,6 +219,9 @@ impl Member {
             weight_bytes: 1,
             connect_micros: 1000,
             load_micros: 2000,
+            steps_in_flight: self.fake.steps_in_flight,
+            step_rows: 0,
+            sampled_rows: 0,
         };
         send(&self.up, Up::Ready(ready)).await;
         let (outputs, replies) = mpsc::channel(4);
@@ -260,12 +280,18 @@ impl Member {
     /// Writes a slice into the blocks, and hashes everything up to its end.
     fn run(&mut self, slice: &SeqSlice) -> Option<SampledToken> {
         let place = |position: u32| (slice.blocks[(position / BLOCK_SIZE) as usize].0, position % BLOCK_SIZE);
-        for (position, id) in (slice.start..).zip(&slice.tokens) {
-            self.kv.insert(place(position), *id);
+        let ids = match &slice.tokens {
+            Tokens::Ids(ids) => ids.clone(),
+            Tokens::LastSampled => vec![self.last_sampled[&slice.slot]],
+        };
+        for (position, id) in (slice.start..).zip(ids) {
+            self.kv.insert(place(position), id);
         }
         slice.sampling.map(|sampling| {
             let prefix: Vec<u32> = (0..sampling.position).map(|position| self.kv[&place(position)]).collect();
-            SampledToken { seq: slice.seq, id: next_token(&prefix) + self.fake.distort, logprob: -1.0 }
+            let id = next_token(&prefix);
+            self.last_sampled.insert(slice.slot, id);
+            SampledToken { seq: slice.seq, id: id + self.fake.distort, logprob: -1.0 }
         })
     }
 }
