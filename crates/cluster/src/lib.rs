@@ -7,6 +7,7 @@ pub mod convert;
 pub mod formation;
 pub mod proof;
 pub mod proto;
+pub mod registry;
 pub mod report;
 
 use std::time::Duration;
