@@ -7,6 +7,7 @@ mod checkpoint;
 mod cuda_kernels;
 mod embedded;
 mod generate;
+mod registry;
 mod sampling;
 mod secret;
 mod serve;

@@ -23,6 +23,9 @@ pub use etcd::{EtcdOptions, EtcdRegistry};
 pub use lease::Lease;
 pub use memory::MemoryRegistry;
 
+/// How long a holder's entries outlive it, unless told otherwise: a pause of the process or of the network is shorter.
+pub const LEASE: Duration = Duration::from_secs(5);
+
 /// Bytes of a cluster's name.
 const MAX_NAME: usize = 64;
 

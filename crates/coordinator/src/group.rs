@@ -6,11 +6,13 @@ use std::fmt;
 use cluster::{Assignment, Candidate, Formation, ModelReport, WorkerId, form};
 use engine::{Epoch, rank_ranges};
 
-use crate::api::ModelInfo;
+use crate::api::{ModelInfo, whereabouts};
 
 /// Where the group stands, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
+    /// Another coordinator leads; where its public service is, if it is known.
+    Standby(Option<String>),
     /// Too few workers.
     Waiting {
         /// Workers there are.
@@ -29,6 +31,7 @@ pub enum State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            State::Standby(leader) => write!(f, "standing by: {}", whereabouts(leader.as_deref())),
             State::Waiting { joined, wanted } => {
                 write!(f, "waiting for workers: {joined} of {wanted} joined")
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
@@ -10,6 +10,7 @@ use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
 use cluster::{ModelReport, Session, WorkerId, encode_plan};
 use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
 
@@ -29,11 +30,15 @@ const COMMANDS: usize = 256;
 pub struct Coordinator;
 
 impl Coordinator {
-    /// Starts the leader on the current runtime. The handle is for the gateway, the service for workers; the leader ends when
-    /// all of both are dropped.
-    pub fn start(config: CoordinatorConfig) -> (CoordinatorHandle, ClusterService) {
+    /// Starts the leader of `term` on the current runtime. The handle is for the gateway, the service for workers; the leader
+    /// ends with `stop`, at once: it plans nothing more, fails its requests as unavailable, and sends its workers away.
+    pub fn start(
+        config: CoordinatorConfig,
+        term: u64,
+        stop: CancellationToken,
+    ) -> (CoordinatorHandle, ClusterService) {
         let (commands, inbox) = mpsc::channel(COMMANDS);
-        let group = Group::new(config.width, incarnation());
+        let group = Group::new(config.width, term);
         let (state_sender, state) = watch::channel(State::Waiting { joined: 0, wanted: config.width });
         let model = Arc::new(OnceLock::new());
         let service = ClusterService::new(&config, commands.clone());
@@ -47,14 +52,9 @@ impl Coordinator {
             state: state_sender,
             model: model.clone(),
         };
-        tokio::spawn(leader.run(inbox));
+        tokio::spawn(leader.run(inbox, stop));
         (CoordinatorHandle { commands, state, model }, service)
     }
-}
-
-/// Without an election, the time of the start tells one coordinator's epochs from its predecessor's.
-fn incarnation() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 struct Leader {
@@ -85,14 +85,30 @@ struct Connection {
 }
 
 impl Leader {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
-        while let Some(command) = inbox.recv().await {
-            self.handle(command);
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return self.step_down(),
+                command = inbox.recv() => match command {
+                    Some(command) => self.handle(command),
+                    None => return,
+                },
+            }
             // Whatever has arrived meanwhile takes part in the next step.
             while let Ok(command) = inbox.try_recv() {
                 self.handle(command);
             }
             self.plan_step();
+        }
+    }
+
+    /// Leaves requests and workers to another leader.
+    fn step_down(mut self) {
+        let reason = "this coordinator does not lead any more";
+        self.requests.fail_all(&EngineError::Unavailable(reason.into()));
+        for worker in self.workers.keys().copied().collect::<Vec<_>>() {
+            self.dismiss(worker, Status::aborted(reason));
         }
     }
 

@@ -14,6 +14,7 @@ use fake::{Fake, continuation};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::transport::Server;
 
@@ -34,7 +35,7 @@ impl Cluster {
         let secret = Secret::random();
         let mut config = CoordinatorConfig::new(width, secret.clone());
         change(&mut config);
-        let (handle, service) = Coordinator::start(config);
+        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let server = Server::builder().add_service(service.into_server());

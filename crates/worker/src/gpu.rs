@@ -53,7 +53,7 @@ mod built_in {
         }
         let site = Site::open(&config, gpu.path())?;
         drop(gpu);
-        let identity = identity(config, &site);
+        let identity = identity(config, &site).await?;
         serve_until(&identity, CudaLoad { site, options }, shutdown).await
     }
 
