@@ -257,12 +257,15 @@ fn arguments_that_are_not_understood() {
 }
 
 #[test]
-fn widths_that_the_model_does_not_have() {
+fn widths_and_limits_that_cannot_be() {
     let broken = Broken::copy("gqa7");
     for width in ["0", "3", "1000000"] {
         broken.generate(&["--workers", width]).failure(&["--workers", width, "1 to 2"]);
     }
     broken.generate(&["--kv-memory", "100B"]).failure(&["--kv-memory"]);
+    for steps in ["0", "3"] {
+        broken.generate(&["--steps-in-flight", steps]).failure(&["--steps-in-flight", steps, "1 to 2"]);
+    }
 }
 
 #[test]

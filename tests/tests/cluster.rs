@@ -97,6 +97,19 @@ fn json_answers_are_the_same_bits_at_every_width() {
 }
 
 #[test]
+fn two_steps_in_flight_give_the_same_answer() {
+    let args = ["generate", "--json", "--prompt", "And God said", "--max-tokens", "40", "--seed", "3"];
+    let args = [&args[..], &["--temperature", "0.8"]].concat();
+    let answer = |width, steps| {
+        json(PHALANX.run([&args[..], &["--workers", width, "--steps-in-flight", steps]].concat()))
+    };
+    let expected = answer("1", "1");
+    for width in ["1", "2", "3"] {
+        assert_eq!(answer(width, "2"), expected, "{width} workers");
+    }
+}
+
+#[test]
 fn golden_continuations_come_from_a_server() {
     let (_server, address) = serve(&["--workers", "3", "--dtype", "f32"]);
     for greedy in golden::load("yi-nano").greedy {
@@ -170,10 +183,14 @@ async fn concurrent_answers_equal_those_of_requests_alone() {
     }
     let clients = join_all((0..4).map(|_| Client::connect(&address))).await;
     let clients: Vec<_> = clients.into_iter().map(|client| client.expect("a server")).collect();
-    // Two servers: one with room for all, and one that must send requests back to wait and compute them again.
-    let (_scarce, address) = serve(&["--workers", "2", "--kv-memory", &(ONE_CONTEXT / 4).to_string()]);
-    let scarce = vec![Client::connect(&address).await.expect("a server")];
-    for clients in [clients, scarce] {
+    // A server with room for all, and two that must send requests back to wait and compute them again, one of them a step ahead.
+    let memory = (ONE_CONTEXT / 4).to_string();
+    let scarce = ["--workers", "2", "--kv-memory", &memory, "--steps-in-flight"];
+    let (_one, one) = serve(&[&scarce[..], &["1"]].concat());
+    let (_two, two) = serve(&[&scarce[..], &["2"]].concat());
+    let one = vec![Client::connect(&one).await.expect("a server")];
+    let two = vec![Client::connect(&two).await.expect("a server")];
+    for clients in [clients, one, two] {
         let running =
             requests.iter().zip(clients.iter().cycle()).map(|(r, client)| answer(client, r.clone()));
         for (request, (together, alone)) in requests.iter().zip(join_all(running).await.iter().zip(&alone)) {
@@ -297,16 +314,56 @@ fn ctrl_c_ends_generate_and_leaves_no_worker() {
 
 fn worker(coordinator: &str, secret: &str) -> Phalanx {
     PHALANX
-        .command(["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"])
+        .command([
+            "worker",
+            "--coordinator",
+            coordinator,
+            "--listen",
+            "127.0.0.1:0",
+            "--steps-in-flight",
+            "2",
+        ])
         .env("PHALANX_SECRET", secret)
         .start()
 }
 
-#[test]
-fn a_cluster_of_separate_parts_serves_and_outlives_a_worker() {
+/// A coordinator of two workers: where they join, and where clients connect.
+fn coordinator_of_two() -> (Phalanx, String, String) {
     let args = ["coordinator", "--workers", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
     let mut coordinator = PHALANX.command(args).env("PHALANX_SECRET", SECRET).start();
     let (join, address) = coordinator.coordinates_at();
+    (coordinator, join, address)
+}
+
+#[tokio::test]
+async fn an_answer_outlives_a_worker_with_two_steps_in_flight() {
+    let (mut coordinator, join, address) = coordinator_of_two();
+    let _first = worker(&join, SECRET);
+    let second = worker(&join, SECRET);
+    coordinator.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
+    let client = Client::connect(&address).await.expect("a server");
+    let sampling = SamplingOptions { temperature: Some(0.9), seed: Some(5), ..SamplingOptions::default() };
+    let asked = || request(ids(150), 400, sampling);
+    let mut stream = client.generate(asked()).await.expect("accepted");
+    let mut seen = Vec::new();
+    for _ in 0..30 {
+        seen.push(next_token(&mut stream).await);
+    }
+    drop(second);
+    let _third = worker(&join, SECRET);
+    while seen.len() < 400 {
+        seen.push(next_token(&mut stream).await);
+    }
+    let undisturbed = answer(&client, asked()).await.into_iter().filter_map(|event| match event {
+        Event::Token(token) => Some(token.id),
+        Event::Started(_) | Event::Finished(_) => None,
+    });
+    assert_eq!(seen, undisturbed.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_cluster_of_separate_parts_serves_and_outlives_a_worker() {
+    let (mut coordinator, join, address) = coordinator_of_two();
     worker(&join, "another secret of another cluster").end().failure(&[&join, "secret"]);
 
     let first = worker(&join, SECRET);

@@ -1,4 +1,4 @@
-//! The model on GPUs: against Hugging Face transformers, against itself at every width, and served. On the emulator.
+//! The model on GPUs: against Hugging Face transformers, and against itself at every width. On the emulator.
 #![cfg(feature = "cuda")]
 
 use std::ops::Range;
@@ -10,10 +10,8 @@ use comm::cuda::{LocalGpu, LocalGpuSeat, local_gpu_group};
 use kernels::cuda::Store;
 use kernels::{BLOCK_TOKENS, Cuda, CudaOptions, DType};
 use phalanx_tests::golden::{self, Golden};
-use phalanx_tests::process::Program;
 use phalanx_tests::ranks::{logits_of, options, plans};
 
-const PHALANX: Program = Program(env!("CARGO_BIN_EXE_phalanx-under-test"));
 /// Of the bfloat16 error, against transformers' own.
 const BF16_RATIO: f64 = 1.1;
 /// The emulator takes a minute for the longest prompts.
@@ -94,46 +92,4 @@ fn logits_are_the_same_bits_at_every_width_and_in_every_cut() {
             assert!(found == expected, "{name}, width {width}: other bits than width 1");
         }
     }
-}
-
-/// The program with the emulator as its GPU.
-fn on_gpus(args: &[&str], count: usize) -> Option<String> {
-    let libraries = match emulator::libraries() {
-        Ok(folder) => folder,
-        Err(absent) => {
-            eprintln!("skipped: {absent}");
-            return None;
-        }
-    };
-    let cache = tempfile::tempdir().expect("a folder");
-    let ended = PHALANX
-        .command(args)
-        .env("LD_LIBRARY_PATH", libraries.to_str().expect("UTF-8"))
-        .env("PHALANX_EMULATOR_DEVICES", &count.to_string())
-        .env("PHALANX_KERNEL_CACHE", cache.path().to_str().expect("UTF-8"))
-        .run();
-    assert!(ended.status.success(), "{}", ended.stderr);
-    Some(ended.stdout)
-}
-
-#[test]
-fn a_cluster_of_gpus_answers_alike_at_any_width() {
-    let prompt = ["generate", "--prompt", "In the beginning", "--max-tokens", "12", "--device", "cuda"];
-    let texts: Vec<_> = [1, 2, 3]
-        .into_iter()
-        .filter_map(|gpus| on_gpus(&[&prompt[..], &["--deterministic"]].concat(), gpus))
-        .collect();
-    assert!(texts.iter().all(|text| *text == texts[0] && !text.trim().is_empty()), "{texts:?}");
-}
-
-#[test]
-fn without_a_gpu_it_is_one_sentence() {
-    let empty = tempfile::tempdir().expect("a folder");
-    let ended = PHALANX
-        .command(["serve", "--device", "cuda"])
-        .env("LD_LIBRARY_PATH", empty.path().to_str().expect("UTF-8"))
-        .run();
-    assert!(!ended.status.success());
-    assert!(ended.stderr.contains("no GPU") || ended.stderr.contains("GPU"), "{}", ended.stderr);
-    assert!(ended.stderr.lines().count() <= 2 && !ended.stderr.contains("panicked"), "{}", ended.stderr);
 }

@@ -6,8 +6,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use comm::CollectiveChoice;
 use kernels::{CudaOptions, DType, WeightFormat};
-use model::ModelOptions;
+use model::{ModelOptions, StepSize};
 use worker::Device;
 
 /// Which model, and how it is run.
@@ -25,7 +26,7 @@ pub(crate) struct ModelArgs {
     /// Tokens that a prompt and its answer may have together [default: what the model was made for]
     #[arg(long, value_name = "N")]
     pub(crate) max_context: Option<usize>,
-    /// Memory of each worker's KV cache, such as 512MiB or 4GiB [default: four contexts, at most a quarter of the free memory]
+    /// Memory of each worker's KV cache, such as 512MiB or 4GiB [default: on GPUs all that is left, else four contexts, at most a quarter of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) kv_memory: Option<u64>,
     /// What each worker computes on: cpu, cuda (GPU 0, 1, … of this machine in turn) or cuda:N (one GPU by its number)
@@ -34,6 +35,9 @@ pub(crate) struct ModelArgs {
     /// On GPUs: the same bits for any number of workers, batch and chunking (the CPU always keeps to that), at some cost in speed
     #[arg(long)]
     pub(crate) deterministic: bool,
+    /// On GPUs: how those of a group exchange: peer (memory that GPUs of one machine share), nccl, host (its memory and the network), or auto (the fastest that all can)
+    #[arg(long, value_name = "WAY", default_value_t)]
+    pub(crate) collective: CollectiveChoice,
     /// On GPUs: how weights are kept that the checkpoint has in 16 or 32 bits
     #[arg(long, value_enum, default_value_t = WeightsArg::AsStored)]
     pub(crate) weights: WeightsArg,
@@ -43,6 +47,13 @@ pub(crate) struct ModelArgs {
     /// Rows of one step: decoding sequences and chunks of prompts; of a group's workers and coordinator alike [default: 512, on GPUs 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) max_batch_tokens: Option<u32>,
+    /// Sequences that run at once; of a group's workers and coordinator alike [default: 64, on GPUs 256]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) max_sequences: Option<u32>,
+    /// Steps that a worker takes before the first of them has ended: with 2 it begins the next one without waiting to be told what it
+    /// just sampled [default: 1, on GPUs 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps_in_flight: Option<usize>,
     /// CPU threads of each worker [default: this machine's cores, shared among its workers]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -124,6 +135,16 @@ impl ModelArgs {
         self.max_batch_tokens.unwrap_or(if self.on_gpu() { 4096 } else { 512 })
     }
 
+    /// Sequences that run at once.
+    pub(crate) fn max_sequences(&self) -> u32 {
+        self.max_sequences.unwrap_or(if self.on_gpu() { 256 } else { 64 })
+    }
+
+    fn largest_step(&self) -> StepSize {
+        let rows = self.max_batch_tokens() as usize;
+        StepSize { rows, sampled: rows.min(self.max_sequences() as usize) }
+    }
+
     fn on_gpu(&self) -> bool {
         matches!(self.device, DeviceArg::Cuda(_))
     }
@@ -132,16 +153,19 @@ impl ModelArgs {
     pub(crate) fn device(&self) -> Device {
         match self.device {
             DeviceArg::Cpu => Device::Cpu { threads: self.threads(1) },
-            DeviceArg::Cuda(number) => Device::Cuda(CudaOptions {
-                ordinal: number.unwrap_or(0),
-                deterministic: self.deterministic,
-                memory_utilization: self.gpu_memory_utilization,
-                weights: match self.weights {
-                    WeightsArg::AsStored => WeightFormat::AsStored,
-                    WeightsArg::Fp8 => WeightFormat::Fp8,
+            DeviceArg::Cuda(number) => Device::Cuda {
+                options: CudaOptions {
+                    ordinal: number.unwrap_or(0),
+                    deterministic: self.deterministic,
+                    memory_utilization: self.gpu_memory_utilization,
+                    weights: match self.weights {
+                        WeightsArg::AsStored => WeightFormat::AsStored,
+                        WeightsArg::Fp8 => WeightFormat::Fp8,
+                    },
+                    ..CudaOptions::default()
                 },
-                ..CudaOptions::default()
-            }),
+                collective: self.collective,
+            },
         }
     }
 
@@ -151,6 +175,9 @@ impl ModelArgs {
             bail!(
                 "--deterministic and --weights are for GPUs (--device cuda): the CPU is always deterministic, and keeps weights in bf16"
             );
+        }
+        if !self.on_gpu() && self.collective != CollectiveChoice::Auto {
+            bail!("--collective is for GPUs (--device cuda): workers on CPUs exchange over the network");
         }
         Ok(())
     }
@@ -162,7 +189,9 @@ impl ModelArgs {
             kv_dtype: self.kv_dtype.unwrap_or(self.dtype).into(),
             max_context: self.max_context,
             kv_memory: self.kv_memory,
-            step_rows: self.on_gpu().then(|| self.max_batch_tokens() as usize),
+            largest_step: self.on_gpu().then(|| self.largest_step()),
+            // On the CPU a step takes far longer than a message.
+            steps_in_flight: self.steps_in_flight.unwrap_or(if self.on_gpu() { 2 } else { 1 }),
             progress,
         }
     }
@@ -183,11 +212,14 @@ impl ModelArgs {
         push("--kv-dtype", self.kv_dtype.map(name));
         push("--max-context", self.max_context.map(|n| n.to_string()));
         push("--max-batch-tokens", Some(self.max_batch_tokens().to_string()));
+        push("--max-sequences", Some(self.max_sequences().to_string()));
+        push("--steps-in-flight", self.steps_in_flight.map(|n| n.to_string()));
         push("--kv-memory", self.kv_memory.map(|n| n.to_string()));
         push("--threads", Some(self.threads(workers).to_string()));
         if let DeviceArg::Cuda(number) = self.device {
             push("--device", Some(DeviceArg::Cuda(Some(number.unwrap_or(index))).to_string()));
             push("--gpu-memory-utilization", Some(self.gpu_memory_utilization.to_string()));
+            push("--collective", Some(self.collective.to_string()));
             if self.deterministic {
                 line.push("--deterministic".into());
             }
@@ -221,7 +253,7 @@ fn bundled_model() -> Result<PathBuf> {
 }
 
 /// A part of a whole.
-fn parse_part(text: &str) -> Result<f64, String> {
+pub(crate) fn parse_part(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
         _ => Err(format!("'{text}' is not a number above 0, at most 1")),

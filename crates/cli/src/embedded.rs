@@ -72,7 +72,8 @@ impl Embedded {
 
         let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
         let config = CoordinatorConfig {
-            max_batch_tokens: args.model.max_batch_tokens(),
+            max_batch_tokens: Some(args.model.max_batch_tokens()),
+            max_sequences: Some(args.model.max_sequences()),
             ..CoordinatorConfig::new(width, Secret::new(&secret)?)
         };
         let grpc = service::listen("--grpc", grpc).await?;

@@ -53,12 +53,12 @@ pub(crate) struct CoordinatorArgs {
     /// Tokens that a prompt and its answer may have together, below what the model allows
     #[arg(long, value_name = "N")]
     max_context: Option<u32>,
-    /// Rows of one step: decoding sequences and chunks of prompts
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    max_batch_tokens: u32,
-    /// Sequences that run at once
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    max_sequences: u32,
+    /// Rows of one step, decoding sequences and chunks of prompts, below what GPU workers have memory for [default: that, else 512]
+    #[arg(long, value_name = "N")]
+    max_batch_tokens: Option<u32>,
+    /// Sequences that run at once, below what GPU workers have memory for [default: that, else 64]
+    #[arg(long, value_name = "N")]
+    max_sequences: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use crate::signals::Signals;
 #[derive(Debug, Args)]
 pub(crate) struct TargetArgs {
     /// A running server's address, or those of several with commas between; without it a cluster of this command's own starts on this machine and ends with it
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "workers", "dtype", "kv_dtype", "max_context", "kv_memory", "threads", "device", "max_batch_tokens", "deterministic", "weights", "gpu_memory_utilization"])]
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "workers", "dtype", "kv_dtype", "max_context", "kv_memory", "threads", "device", "max_batch_tokens", "max_sequences", "steps_in_flight", "collective", "deterministic", "weights", "gpu_memory_utilization"])]
     server: Option<String>,
     /// Seconds without a server after which an answer is given up; until then it goes on where it was
     #[arg(long, value_name = "SECONDS", default_value_t = client::PATIENCE.as_secs())]

@@ -5,7 +5,7 @@
 use bytes::{Buf, Bytes};
 use engine::{
     BlockId, Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, StepOutput,
-    StepPlan,
+    StepPlan, Tokens,
 };
 use prost::Message;
 
@@ -28,8 +28,12 @@ pub struct Malformed {
 
 /// Encodes a plan: once, for all ranks.
 pub fn encode_plan(plan: &StepPlan) -> Bytes {
-    let slices = plan.slices.iter().map(proto::SeqSlice::from).collect();
-    proto::StepPlan { epoch: Some(plan.epoch.into()), step: plan.step.0, slices }.encode_to_vec().into()
+    let StepPlan { epoch, step, keep_sampled, slices } = plan;
+    let slices = slices.iter().map(proto::SeqSlice::from).collect();
+    let keep_sampled = *keep_sampled;
+    proto::StepPlan { epoch: Some((*epoch).into()), step: step.0, slices, keep_sampled }
+        .encode_to_vec()
+        .into()
 }
 
 /// Decodes a plan.
@@ -41,6 +45,7 @@ pub fn decode_plan(encoded: Bytes) -> Result<StepPlan, Malformed> {
     Ok(StepPlan {
         epoch: epoch("plan.epoch", plan.epoch)?,
         step: StepId(plan.step),
+        keep_sampled: plan.keep_sampled,
         slices: plan.slices.into_iter().map(SeqSlice::try_from).collect::<Result<_, _>>()?,
     })
 }
@@ -84,11 +89,16 @@ impl From<proto::Epoch> for Epoch {
 
 impl From<&SeqSlice> for proto::SeqSlice {
     fn from(slice: &SeqSlice) -> Self {
+        let (tokens, last_sampled) = match &slice.tokens {
+            Tokens::Ids(ids) => (ids.clone(), false),
+            Tokens::LastSampled => (Vec::new(), true),
+        };
         Self {
             seq: slice.seq.0,
             slot: slice.slot.0,
             start: slice.start,
-            tokens: slice.tokens.clone(),
+            tokens,
+            last_sampled,
             blocks: slice.blocks.iter().map(|block| block.0).collect(),
             sampling: slice.sampling.map(|Sampling { params, position }| proto::Sampling {
                 temperature: params.temperature,
@@ -105,8 +115,15 @@ impl TryFrom<proto::SeqSlice> for SeqSlice {
     type Error = Malformed;
 
     fn try_from(slice: proto::SeqSlice) -> Result<Self, Malformed> {
-        let proto::SeqSlice { seq, slot, start, tokens, blocks, sampling } = slice;
-        check("plan.slices.tokens", !tokens.is_empty(), "is empty")?;
+        let proto::SeqSlice { seq, slot, start, tokens, blocks, sampling, last_sampled } = slice;
+        let tokens = if last_sampled {
+            check("plan.slices.tokens", tokens.is_empty(), "come with last_sampled")?;
+            check("plan.slices.start", start > 0, "is 0, where nothing was sampled before")?;
+            Tokens::LastSampled
+        } else {
+            check("plan.slices.tokens", !tokens.is_empty(), "is empty")?;
+            Tokens::Ids(tokens)
+        };
         check("plan.slices.blocks", !blocks.is_empty(), "is empty")?;
         let end = u32::try_from(tokens.len()).ok().and_then(|count| start.checked_add(count));
         check("plan.slices.start", end.is_some(), "is out of range")?;
@@ -199,12 +216,18 @@ mod tests {
             seq: SeqId(7),
             slot: SlotId(1),
             start: 30,
-            tokens: vec![5, 63_999],
+            tokens: Tokens::Ids(vec![5, 63_999]),
             blocks: vec![BlockId(0), BlockId(9)],
             sampling: Some(Sampling { params, position: 32 }),
         };
         let chunk = SeqSlice { seq: SeqId(8), sampling: None, ..slice.clone() };
-        StepPlan { epoch: Epoch { term: 3, counter: 1 }, step: StepId(12), slices: vec![slice, chunk] }
+        let ahead = SeqSlice { seq: SeqId(9), start: 1, tokens: Tokens::LastSampled, ..slice.clone() };
+        StepPlan {
+            epoch: Epoch { term: 3, counter: 1 },
+            step: StepId(12),
+            keep_sampled: true,
+            slices: vec![slice, chunk, ahead],
+        }
     }
 
     #[test]
@@ -229,11 +252,24 @@ mod tests {
             "malformed message: plan.epoch is missing"
         );
         let slices = vec![proto::SeqSlice::default()];
-        let empty = proto::StepPlan { epoch: Some(proto::Epoch::default()), step: 0, slices };
+        let empty =
+            proto::StepPlan { epoch: Some(proto::Epoch::default()), slices, ..proto::StepPlan::default() };
         assert_eq!(field(empty.encode_to_vec()), "malformed message: plan.slices.tokens is empty");
         let mut far = plan();
         far.slices[0].start = u32::MAX;
         assert_eq!(field(encode_plan(&far).to_vec()), "malformed message: plan.slices.start is out of range");
+        let mut first = plan();
+        first.slices[2].start = 0;
+        assert_eq!(
+            field(encode_plan(&first).to_vec()),
+            "malformed message: plan.slices.start is 0, where nothing was sampled before"
+        );
+        let mut both = proto::StepPlan::decode(encode_plan(&plan())).unwrap();
+        both.slices[2].tokens = vec![1];
+        assert_eq!(
+            field(both.encode_to_vec()),
+            "malformed message: plan.slices.tokens come with last_sampled"
+        );
     }
 
     #[test]

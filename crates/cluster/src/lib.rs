@@ -18,7 +18,9 @@ pub use proof::Session;
 pub use report::{Difference, ModelReport};
 
 /// Version of the internal service; a worker and a coordinator must have the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
+/// Steps that a worker may offer to take before the first of them has ended.
+pub const MAX_STEPS_IN_FLIGHT: u32 = 16;
 
 /// Bytes of a message from a worker: reports and outputs.
 pub const WORKER_MESSAGE_LIMIT: usize = 1 << 20;

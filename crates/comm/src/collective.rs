@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kernels::{Partial, Tree};
 
+use crate::choice::CollectiveChoice;
+
 /// Why a collective ended without a result. The group is then lost: no call on it will succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -43,6 +45,16 @@ pub enum Error {
         op: &'static str,
         /// Which sizes.
         detail: String,
+    },
+    /// The way that was asked for between GPUs is not open to all ranks. Forming again would not change that.
+    #[error("--collective {choice} is not possible: rank {rank}: {why}")]
+    Unavailable {
+        /// What was asked for.
+        choice: CollectiveChoice,
+        /// A rank that cannot.
+        rank: usize,
+        /// In a sentence for users.
+        why: String,
     },
     /// The device failed, or has too little memory.
     #[error(transparent)]
@@ -113,6 +125,12 @@ pub trait Collective<B> {
     /// Collects runs of columns on rank `root`: `x` is f32 `[rows, counts[rank]]`, `out` on the root `[rows, Σ counts]`
     /// (untouched elsewhere).
     fn gather(&mut self, root: usize, rows: usize, x: &B, counts: &[usize], out: &mut B) -> Result<()>;
+    /// Copies the first `len` elements of `x`, f32, from rank `root` to all others. They travel as bits, whatever these stand for.
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut B) -> Result<()>;
+    /// A step of the model begins; steps before it may still run on the device. Tells what [`Collective::check`] does.
+    fn begin_step(&mut self) -> Result<()> {
+        self.check()
+    }
     /// Whether a call only begins work on the device, so that a backend may record it with the ops around it.
     fn can_be_recorded(&self) -> bool {
         false
@@ -124,4 +142,42 @@ pub trait Collective<B> {
     }
     /// The handle that frees this rank's waits.
     fn abort_handle(&self) -> AbortHandle;
+}
+
+impl<B, C: Collective<B> + ?Sized> Collective<B> for Box<C> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn tree_reduce(&mut self, tree: Tree, len: usize, partials: &[Partial<B>], out: &mut B) -> Result<()> {
+        (**self).tree_reduce(tree, len, partials, out)
+    }
+
+    fn gather(&mut self, root: usize, rows: usize, x: &B, counts: &[usize], out: &mut B) -> Result<()> {
+        (**self).gather(root, rows, x, counts, out)
+    }
+
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut B) -> Result<()> {
+        (**self).broadcast(root, len, x)
+    }
+
+    fn begin_step(&mut self) -> Result<()> {
+        (**self).begin_step()
+    }
+
+    fn can_be_recorded(&self) -> bool {
+        (**self).can_be_recorded()
+    }
+
+    fn check(&mut self) -> Result<()> {
+        (**self).check()
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        (**self).abort_handle()
+    }
 }

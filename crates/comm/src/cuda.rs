@@ -1,13 +1,20 @@
 //! Collectives for buffers on GPUs.
 //!
-//! [`StagedCollective`] goes through the host over any transport; [`LocalGpu`] joins threads of one process whose GPUs see each
-//! other's memory, or that share one GPU; [`NcclCollective`] is for one process for each GPU.
+//! [`connect`] is for processes, each with a GPU: it finds out what connects them and uses the best of it, down to
+//! [`StagedCollective`], which goes through the host over any transport. [`LocalGpu`] joins threads of one process whose GPUs see each
+//! other's memory, or that share one GPU.
 
+mod agree;
+mod connect;
+mod direct;
+mod guard;
 mod local_gpu;
 mod meeting;
-mod nccl;
+mod offer;
+mod peers;
+mod post;
 mod staged;
 
+pub use connect::{ConnectOptions, connect};
 pub use local_gpu::{LocalGpu, LocalGpuSeat, local_gpu_group};
-pub use nccl::NcclCollective;
 pub use staged::StagedCollective;

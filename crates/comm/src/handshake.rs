@@ -14,7 +14,7 @@ use std::io;
 use auth::{Nonce, Proof, Role, Secret};
 
 /// Raised with every change of the messages of this crate.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 const MAGIC: [u8; 8] = *b"phalanx\0";
 /// Bytes that a group's name has at most.
 pub(crate) const MAX_NAME: usize = 64;

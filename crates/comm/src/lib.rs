@@ -3,6 +3,7 @@
 //! [`Collective`] is the seam to the forward pass. On the CPU it is [`MeshCollective`] over a [`Transport`]: threads
 //! of one process ([`local_group`]), or processes over TCP ([`TcpTransport`]).
 
+mod choice;
 mod collective;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -17,6 +18,7 @@ mod ranges;
 mod tcp;
 mod transport;
 
+pub use choice::CollectiveChoice;
 pub use collective::{AbortHandle, Collective, Error, Result};
 pub use form::{GroupSpec, Listener};
 pub use local::{LocalTransport, local_group};

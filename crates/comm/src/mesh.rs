@@ -176,6 +176,17 @@ impl<T: Transport> MeshCollective<T> {
         }
         Ok(())
     }
+
+    /// Gives everybody the root's `x`. Only within [`Self::call`].
+    pub(crate) fn hand_out(&mut self, root: usize, x: &mut [f32]) -> Result<()> {
+        let (rank, size) = (self.transport.rank(), self.transport.size());
+        if rank != root {
+            return self.transport.exchange(&[], &mut [(root, bytemuck::cast_slice_mut(x))]);
+        }
+        let x: &[u8] = bytemuck::cast_slice(x);
+        let others: Vec<(usize, &[u8])> = (0..size).filter(|to| *to != root).map(|to| (to, x)).collect();
+        self.transport.exchange(&others, &mut [])
+    }
 }
 
 impl<B: HostBuffer, T: Transport> Collective<B> for MeshCollective<T> {
@@ -206,6 +217,13 @@ impl<B: HostBuffer, T: Transport> Collective<B> for MeshCollective<T> {
             let own = elements(OP, x, rows * counts[rank])?;
             let len = if rank == root { rows * all } else { 0 };
             mesh.collect(root, rows, own, counts, elements_mut(OP, out, len)?)
+        })
+    }
+
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut B) -> Result<()> {
+        self.call(|mesh| {
+            mesh.ranges.check_broadcast(root)?;
+            mesh.hand_out(root, elements_mut("broadcast", x, len)?)
         })
     }
 

@@ -64,6 +64,12 @@ impl Ranges {
         }
         Err(shape("gather", format!("{} counts and root {root} for {size} ranks", counts.len())))
     }
+
+    /// Whether there is a rank `root`.
+    pub(crate) fn check_broadcast(&self, root: usize) -> Result<()> {
+        let size = self.ranges.len();
+        if root < size { Ok(()) } else { Err(shape("broadcast", format!("root {root} for {size} ranks"))) }
+    }
 }
 
 fn shape(op: &'static str, detail: String) -> Error {

@@ -2,15 +2,17 @@
 
 use bytes::Bytes;
 use cluster::proto::{CoordinatorMessage, StepFrame};
-use cluster::{ModelReport, Session, WorkerId};
+use cluster::{MAX_STEPS_IN_FLIGHT, ModelReport, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::api::{EngineError, Submission};
+use crate::group::Capacity;
 
-/// Plans on their way to one rank. One step is in flight at a time, so a rank that lets them pile up is broken.
-pub(crate) const PLANS_BUFFERED: usize = 4;
+/// Plans on their way to one rank: as many steps as can be in flight, and a few that a rank which does not sample may be behind. One
+/// that lets more pile up is broken.
+pub(crate) const PLANS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize + 4;
 
 /// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
 pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
@@ -31,7 +33,7 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Result<WorkerId, Status>>,
     },
     /// It has loaded its share.
-    Ready { worker: WorkerId, epoch: Epoch, kv_blocks: u32 },
+    Ready { worker: WorkerId, epoch: Epoch, capacity: Capacity },
     /// It could not load, or not run a step.
     Failed { worker: WorkerId, epoch: Epoch, reason: String },
     /// Its Join stream has ended.

@@ -11,10 +11,10 @@ pub struct CoordinatorConfig {
     pub width: usize,
     /// What its workers know.
     pub secret: Secret,
-    /// Tokens that run in one step.
-    pub max_batch_tokens: u32,
-    /// Sequences that run at once; at most [`cluster::convert::MAX_SLICES`] count.
-    pub max_sequences: u32,
+    /// Tokens that run in one step, as far as the workers have memory for them; `None`: as many, or 512 where they do not care.
+    pub max_batch_tokens: Option<u32>,
+    /// Likewise sequences that run at once, or 64; at most [`cluster::convert::MAX_SLICES`] count.
+    pub max_sequences: Option<u32>,
     /// Requests that wait for their turn; more are turned away.
     pub max_waiting: usize,
     /// Tokens that prompt and answer may have together, below what the model allows.
@@ -29,8 +29,8 @@ impl CoordinatorConfig {
         Self {
             width,
             secret,
-            max_batch_tokens: 512,
-            max_sequences: 64,
+            max_batch_tokens: None,
+            max_sequences: None,
             max_waiting: 1024,
             max_context: None,
             heartbeat_timeout: Duration::from_secs(6),

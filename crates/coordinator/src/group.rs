@@ -60,8 +60,33 @@ pub(crate) enum Effect {
 pub(crate) struct Standing {
     pub(crate) epoch: Epoch,
     pub(crate) report: ModelReport,
-    /// KV blocks that every rank has.
+    /// What every rank has.
+    pub(crate) capacity: Capacity,
+}
+
+/// What a rank that has loaded its share can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    /// KV blocks.
     pub(crate) kv_blocks: u32,
+    /// Steps before the first of them has ended.
+    pub(crate) steps_in_flight: u32,
+    /// Rows of a step, and of them those that are sampled from, where it has memory for no more.
+    pub(crate) step_rows: Option<u32>,
+    pub(crate) sampled_rows: Option<u32>,
+}
+
+impl Capacity {
+    /// What both can take.
+    fn common(self, other: Self) -> Self {
+        let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
+        Self {
+            kv_blocks: self.kv_blocks.min(other.kv_blocks),
+            steps_in_flight: self.steps_in_flight.min(other.steps_in_flight),
+            step_rows: least(self.step_rows, other.step_rows),
+            sampled_rows: least(self.sampled_rows, other.sampled_rows),
+        }
+    }
 }
 
 /// The workers of one coordinator and the group that they form.
@@ -89,7 +114,7 @@ enum Phase {
 #[derive(Debug)]
 struct Muster {
     formation: Formation,
-    kv_blocks: BTreeMap<WorkerId, u32>,
+    ready: BTreeMap<WorkerId, Capacity>,
     attached: BTreeSet<WorkerId>,
 }
 
@@ -144,19 +169,18 @@ impl Group {
             Effect::Assign(*worker, assignment)
         };
         let effects = formation.workers.iter().enumerate().map(assign).collect();
-        self.phase =
-            Phase::Loading(Muster { formation, kv_blocks: BTreeMap::new(), attached: BTreeSet::new() });
+        self.phase = Phase::Loading(Muster { formation, ready: BTreeMap::new(), attached: BTreeSet::new() });
         effects
     }
 
     /// A worker has loaded its share.
-    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, kv_blocks: u32) -> Vec<Effect> {
-        if kv_blocks == 0 {
+    pub(crate) fn ready(&mut self, worker: WorkerId, epoch: Epoch, capacity: Capacity) -> Vec<Effect> {
+        if capacity.kv_blocks == 0 {
             return self.fail(worker, epoch, "has no room for KV blocks");
         }
         match &mut self.phase {
             Phase::Loading(muster) if epoch == self.epoch && muster.formation.workers.contains(&worker) => {
-                muster.kv_blocks.insert(worker, kv_blocks);
+                muster.ready.insert(worker, capacity);
                 self.serve()
             }
             _ => Vec::new(),
@@ -177,19 +201,24 @@ impl Group {
 
     /// Once all ranks are ready and attached, steps can run.
     pub(crate) fn serve(&mut self) -> Vec<Effect> {
-        let muster = match std::mem::replace(&mut self.phase, Phase::Waiting) {
-            Phase::Loading(m) if m.kv_blocks.len() == self.width && m.attached.len() == self.width => m,
+        let (muster, capacity) = match std::mem::replace(&mut self.phase, Phase::Waiting) {
+            Phase::Loading(m)
+                if m.ready.len() == self.width
+                    && m.attached.len() == self.width
+                    && let Some(capacity) = m.ready.values().copied().reduce(Capacity::common) =>
+            {
+                (m, capacity)
+            }
             phase => {
                 self.phase = phase;
                 return Vec::new();
             }
         };
         let report = muster.formation.report.clone();
-        let kv_blocks = muster.kv_blocks.values().copied().min().unwrap_or(0);
         self.failure = None;
         self.served = Some(report.clone());
         self.phase = Phase::Serving(muster);
-        vec![Effect::Serve(Standing { epoch: self.epoch, report, kv_blocks })]
+        vec![Effect::Serve(Standing { epoch: self.epoch, report, capacity })]
     }
 
     /// A worker is gone.
@@ -288,15 +317,19 @@ mod tests {
         Epoch { term: 9, counter }
     }
 
+    fn capacity(kv_blocks: u32, steps_in_flight: u32) -> Capacity {
+        Capacity { kv_blocks, steps_in_flight, step_rows: None, sampled_rows: Some(10 * kv_blocks) }
+    }
+
     fn serving() -> (Group, WorkerId, WorkerId) {
         let (mut group, first, second) = group_of_two();
         assert_eq!(group.muster().len(), 2);
         assert_eq!(group.state(), Some(State::Loading));
-        for (worker, kv_blocks) in [(first, 10), (second, 7)] {
-            assert!(group.attach(worker, epoch(1)));
-            let effects = group.ready(worker, epoch(1), kv_blocks);
-            assert_eq!(effects.is_empty(), worker == first);
-        }
+        assert!(group.attach(first, epoch(1)) && group.attach(second, epoch(1)));
+        assert_eq!(group.ready(first, epoch(1), capacity(10, 1)), []);
+        let effects = group.ready(second, epoch(1), capacity(7, 2));
+        let standing = Standing { epoch: epoch(1), report: report(), capacity: capacity(7, 1) };
+        assert_eq!(effects, [Effect::Serve(standing)]);
         assert_eq!(group.sampler(), Some((epoch(1), first)));
         (group, first, second)
     }
@@ -312,7 +345,7 @@ mod tests {
         assert!(matches!(&effects[0], Effect::Assign(worker, a) if *worker == first && a.epoch == epoch(2)));
         assert!(matches!(&effects[1], Effect::Assign(worker, a) if *worker == third && a.rank == 1));
         // What comes late from the epoch before changes nothing.
-        assert_eq!(group.ready(first, epoch(1), 10), []);
+        assert_eq!(group.ready(first, epoch(1), capacity(10, 1)), []);
         assert_eq!(group.fail(first, epoch(1), "late"), []);
         assert!(!group.attach(first, epoch(1)));
         assert_eq!(group.state(), Some(State::Loading));

@@ -1,14 +1,13 @@
 //! The one task that owns the scheduler and the group.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use cluster::convert::MAX_SLICES;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{CoordinatorMessage, StepFrame, Welcome};
 use cluster::{ModelReport, Session, WorkerId, encode_plan};
-use engine::{Epoch, Request, Scheduler, SchedulerConfig, StepId, StepOutput};
+use engine::{Epoch, Request, Scheduler, StepId, StepOutput, StepPlan};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -19,6 +18,7 @@ use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
 use crate::group::{Effect, Group, Standing, State};
 use crate::handle::CoordinatorHandle;
+use crate::limits::limits;
 use crate::requests::Requests;
 use crate::service::ClusterService;
 
@@ -48,7 +48,7 @@ impl Coordinator {
             workers: BTreeMap::new(),
             scheduler: None,
             requests: Requests::default(),
-            step: None,
+            steps: VecDeque::new(),
             state: state_sender,
             model: model.clone(),
         };
@@ -64,8 +64,8 @@ struct Leader {
     /// There is one from the first group on; it outlives every group.
     scheduler: Option<Scheduler>,
     requests: Requests,
-    /// The step in flight.
-    step: Option<Step>,
+    /// The steps in flight, oldest first.
+    steps: VecDeque<Step>,
     state: watch::Sender<State>,
     model: Arc<OnceLock<ModelInfo>>,
 }
@@ -99,7 +99,7 @@ impl Leader {
             while let Ok(command) = inbox.try_recv() {
                 self.handle(command);
             }
-            self.plan_step();
+            self.plan_steps();
         }
     }
 
@@ -123,8 +123,8 @@ impl Leader {
                 let effects = self.group.muster();
                 self.perform(effects);
             }
-            Command::Ready { worker, epoch, kv_blocks } => {
-                let effects = self.group.ready(worker, epoch, kv_blocks);
+            Command::Ready { worker, epoch, capacity } => {
+                let effects = self.group.ready(worker, epoch, capacity);
                 self.perform(effects);
             }
             Command::Failed { worker, epoch, reason } => self.fail(worker, epoch, &reason),
@@ -231,24 +231,16 @@ impl Leader {
             }
         }
         if let Some(state) = self.group.state() {
-            self.step = None;
+            self.steps.clear();
             self.set_state(state);
         }
     }
 
     fn serve(&mut self, standing: Standing) {
-        let Standing { epoch, report, kv_blocks } = standing;
-        let max_context =
-            self.config.max_context.map_or(report.max_context, |limit| limit.min(report.max_context));
-        let limits = SchedulerConfig {
-            blocks: kv_blocks,
-            block_size: report.block_size,
-            max_context,
-            vocabulary: report.vocabulary,
-            max_batch_tokens: self.config.max_batch_tokens.max(1),
-            max_sequences: self.config.max_sequences.clamp(1, MAX_SLICES as u32),
-        };
-        info!(%epoch, kv_blocks, ranks = self.config.width, "serving");
+        let Standing { epoch, report, capacity } = standing;
+        let limits = limits(&self.config, &report, capacity);
+        let max_context = limits.max_context;
+        info!(%epoch, ?limits, ranks = self.config.width, "serving");
         match &mut self.scheduler {
             None => self.scheduler = Some(Scheduler::new(limits, epoch)),
             Some(scheduler) => {
@@ -280,7 +272,8 @@ impl Leader {
         let Some(scheduler) = &mut self.scheduler else { return };
         match scheduler.apply(output) {
             Ok(events) => {
-                if let Some(Step { span, planned, .. }) = self.step.take_if(|step| step.id == output.step) {
+                let applied = self.steps.pop_front_if(|step| step.id == output.step);
+                if let Some(Step { span, planned, .. }) = applied {
                     span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
                 }
                 events.into_iter().for_each(|event| self.requests.deliver(event));
@@ -289,18 +282,22 @@ impl Leader {
         }
     }
 
-    /// Plans the next step if the group stands and none is in flight, and sends it to every rank.
-    fn plan_step(&mut self) {
+    /// Plans steps as long as the group stands and takes more, and sends each to every rank.
+    fn plan_steps(&mut self) {
         let Some(scheduler) = &mut self.scheduler else { return };
         self.requests.hung_up().into_iter().for_each(|seq| scheduler.cancel(seq));
-        if self.group.sampler().is_none() {
-            return;
+        while self.group.sampler().is_some()
+            && let Some(plan) = self.scheduler.as_mut().and_then(Scheduler::plan)
+        {
+            self.send(&plan);
         }
-        let Some(plan) = scheduler.plan() else { return };
+    }
+
+    fn send(&mut self, plan: &StepPlan) {
         let (epoch, step) = (plan.epoch, plan.step);
         let span = debug_span!("step", %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
-        let frame = StepFrame { plan: encode_plan(&plan) };
-        self.step = Some(Step { id: step, span, planned: Instant::now() });
+        let frame = StepFrame { plan: encode_plan(plan) };
+        self.steps.push_back(Step { id: step, span, planned: Instant::now() });
         let stuck = self.workers.iter().find_map(|(worker, connection)| {
             let plans = connection.plans.as_ref()?;
             plans.try_send(Ok(frame.clone())).is_err().then_some(*worker)

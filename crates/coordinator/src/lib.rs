@@ -11,6 +11,7 @@ mod contender;
 mod group;
 mod handle;
 mod leader;
+mod limits;
 mod requests;
 mod service;
 

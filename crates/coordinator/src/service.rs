@@ -11,7 +11,7 @@ use cluster::proto::{
     Challenge, CoordinatorMessage, Hello, StepFrame, StepReply, WorkerMessage, coordinator_message,
     step_reply,
 };
-use cluster::{ModelReport, PROTOCOL, Session, WORKER_MESSAGE_LIMIT, WorkerId};
+use cluster::{MAX_STEPS_IN_FLIGHT, ModelReport, PROTOCOL, Session, WORKER_MESSAGE_LIMIT, WorkerId};
 use engine::{Epoch, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -21,6 +21,7 @@ use tracing::warn;
 
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
+use crate::group::Capacity;
 
 /// A stranger may not keep a stream open for longer without proving itself.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -195,7 +196,17 @@ fn command(worker: WorkerId, message: Up) -> Result<Option<Command>, Malformed> 
         Up::Heartbeat(_) => Ok(None),
         Up::Ready(ready) => {
             let epoch = convert::epoch("ready.epoch", ready.epoch)?;
-            Ok(Some(Command::Ready { worker, epoch, kv_blocks: ready.kv_blocks }))
+            let steps = ready.steps_in_flight;
+            let allowed = (1..=MAX_STEPS_IN_FLIGHT).contains(&steps);
+            convert::check("ready.steps_in_flight", allowed, "is out of range")?;
+            let limit = |rows: u32| (rows > 0).then_some(rows);
+            let capacity = Capacity {
+                kv_blocks: ready.kv_blocks,
+                steps_in_flight: steps,
+                step_rows: limit(ready.step_rows),
+                sampled_rows: limit(ready.sampled_rows),
+            };
+            Ok(Some(Command::Ready { worker, epoch, capacity }))
         }
         Up::Failed(failed) => {
             let epoch = convert::epoch("failed.epoch", failed.epoch)?;
@@ -220,4 +231,21 @@ fn unexpected(wanted: &str) -> Status {
 
 fn stopped() -> Status {
     Status::unavailable("the coordinator has stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use cluster::proto::Ready;
+
+    use super::*;
+
+    #[test]
+    fn a_false_number_of_steps_in_flight_is_named() {
+        for steps_in_flight in [0, MAX_STEPS_IN_FLIGHT + 1, u32::MAX] {
+            let epoch = Some(Epoch::default().into());
+            let ready = Ready { epoch, kv_blocks: 1, weight_bytes: 1, steps_in_flight, ..Ready::default() };
+            let malformed = command(WorkerId(1), Up::Ready(ready)).expect_err("out of range");
+            assert_eq!(malformed.field, "ready.steps_in_flight");
+        }
+    }
 }

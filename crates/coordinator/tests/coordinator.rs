@@ -9,7 +9,7 @@ use auth::Secret;
 use coordinator::{
     Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineError, EngineEvent, State, Submission,
 };
-use engine::{FinishReason, Request, SamplingParams, SeqId, StepPlan, Usage};
+use engine::{FinishReason, Request, SamplingParams, SeqId, StepPlan, Tokens, Usage};
 use fake::{Fake, continuation};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -168,7 +168,7 @@ async fn another_protocol_is_refused_naming_both() {
     let cluster = Cluster::start(1).await;
     let end = Fake { protocol: 99, ..cluster.fake(1) }.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::FailedPrecondition);
-    let expected = "the coordinator speaks protocol 1, the worker protocol 99: run the same version on both";
+    let expected = "the coordinator speaks protocol 2, the worker protocol 99: run the same version on both";
     assert_eq!(end.message(), expected);
 }
 
@@ -185,10 +185,58 @@ async fn another_fingerprint_is_refused_by_name() {
 }
 
 #[tokio::test]
+async fn the_next_step_is_sent_before_the_last_is_answered() {
+    let cluster = Cluster::start(2).await;
+    let (sender, mut plans) = mpsc::unbounded_channel();
+    let ahead = |port| Fake { steps_in_flight: 3, ..cluster.fake(port) };
+    let _first = Fake { plans: Some(sender), hold_from: Some(0), ..ahead(1) }.start(cluster.address);
+    cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
+    let _second = Fake { steps_in_flight: 2, ..ahead(2) }.start(cluster.address);
+    cluster.serving().await;
+    let mut submission = cluster.submit(PROMPT, 9).await;
+    let mut tokens = async || plans.recv().await.expect("a plan").slices.remove(0).tokens;
+    assert_eq!(tokens().await, Tokens::Ids(PROMPT.to_vec()));
+    assert_eq!(tokens().await, Tokens::LastSampled);
+    // The rank that takes fewest decides: nothing more comes.
+    assert!(plans.is_empty() && submission.events.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn answers_do_not_depend_on_the_steps_in_flight() {
+    for steps_in_flight in 1..=3 {
+        let cluster = Cluster::start_with(2, |config| config.max_batch_tokens = Some(8)).await;
+        let ahead = |port| Fake { steps_in_flight, ..cluster.fake(port) };
+        let _workers = [ahead(1).start(cluster.address), ahead(2).start(cluster.address)];
+        cluster.serving().await;
+        let prompts: Vec<Vec<u32>> = (0..12).map(|i| (i..2 * i + 3).collect()).collect();
+        let mut submissions = Vec::new();
+        for (prompt, count) in prompts.iter().zip(1..) {
+            submissions.push(cluster.submit(prompt, 3 * count).await);
+        }
+        // One hangs up in the middle.
+        let mut dropped = submissions.remove(7);
+        token(&mut dropped).await;
+        drop(dropped);
+        for ((prompt, count), submission) in
+            prompts.iter().zip(1..).filter(|(_, count)| *count != 8).zip(&mut submissions)
+        {
+            let expected = continuation(prompt, 3 * count);
+            assert_eq!(tokens(submission).await, expected, "{steps_in_flight} steps in flight");
+        }
+    }
+}
+
+#[tokio::test]
 async fn streams_go_on_when_a_lost_worker_comes_back() {
-    for lost in [1, 2] {
+    for (lost, steps_in_flight) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
         let cluster = Cluster::start(2).await;
-        let holding = |port| Fake { hold_from: Some(12), ..cluster.fake(port) };
+        let (sender, mut plans) = mpsc::unbounded_channel();
+        let holding = |port| Fake {
+            hold_from: Some(12),
+            steps_in_flight,
+            plans: Some(sender.clone()),
+            ..cluster.fake(port)
+        };
         let mut workers = vec![(1, holding(1).start(cluster.address))];
         cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
         workers.push((2, holding(2).start(cluster.address)));
@@ -199,13 +247,17 @@ async fn streams_go_on_when_a_lost_worker_comes_back() {
         for _ in 0..12 {
             seen.push(token(&mut submission).await);
         }
+        // All that is in flight has reached both ranks, and none of it is answered.
+        for _ in 0..2 * (12 + steps_in_flight) {
+            plans.recv().await.expect("a plan");
+        }
         workers.retain(|(port, _)| *port != lost);
         cluster.until(|state| *state == State::Waiting { joined: 1, wanted: 2 }).await;
         // New requests wait with the old ones, and what is served is known.
         let mut waiting = cluster.submit(&[5], 3).await;
         assert!(cluster.handle.model().is_ok());
 
-        workers.push((lost, cluster.fake(lost).start(cluster.address)));
+        workers.push((lost, Fake { steps_in_flight, ..cluster.fake(lost) }.start(cluster.address)));
         seen.extend(tokens(&mut submission).await);
         assert_eq!(seen, continuation(PROMPT, 40), "worker {lost} was lost");
         assert_eq!(tokens(&mut waiting).await, continuation(&[5], 3));
@@ -258,7 +310,7 @@ async fn a_failed_load_is_reported_and_not_tried_again_unasked() {
 #[tokio::test]
 async fn more_requests_than_may_wait_are_turned_away() {
     let cluster = Cluster::start_with(1, |config| {
-        config.max_sequences = 1;
+        config.max_sequences = Some(1);
         config.max_waiting = 1;
     })
     .await;

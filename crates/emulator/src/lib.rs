@@ -6,10 +6,12 @@
 //! (their SONAMEs are the names that are looked for).
 //!
 //! What can be set, by environment variables that the libraries read:
-//! - `PHALANX_EMULATOR_ORDER` = `forward`, `reverse`, `shuffled`: the order of a block's threads, and when a `cp.async` lands.
-//!   What depends on it lacks a barrier or a wait;
+//! - `PHALANX_EMULATOR_ORDER` = `forward`, `reverse`, `shuffled`: the order of a block's threads, and when a `cp.async` lands. By
+//!   default each block takes one of these by chance. What depends on it lacks a barrier or a wait;
 //! - `PHALANX_EMULATOR_LATE=1`: what is submitted to a stream runs not before somebody waits for it. What breaks lacks a wait;
-//! - `PHALANX_EMULATOR_DEVICES` (1) and `PHALANX_EMULATOR_MEMORY` (4 GiB, in bytes, for each device).
+//! - `PHALANX_EMULATOR_BESIDE=1`: it runs on a thread of the stream's own, so the host goes on while a kernel waits for others;
+//! - `PHALANX_EMULATOR_DEVICES` (1) and `PHALANX_EMULATOR_MEMORY` (4 GiB, in bytes, for each device);
+//! - `PHALANX_EMULATOR_SHARES=0`: memory cannot be shared with other processes.
 
 mod compile;
 mod open;
@@ -19,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use compile::Compiler;
-pub use open::open;
+pub use open::{open, open_with};
 
 /// Why there is no emulator on this machine.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -1,15 +1,24 @@
-// libnccl for the emulator: ranks are threads of one process. Enough to run what `kernels` asks of it: non-blocking communicators,
-// sends, receives and sums of f32 in groups, on the streams of the emulated driver. Work waits on the thread that runs it, so a rank that
-// waits for another cannot look up: its wait ends when the other leaves, or after PATIENCE.
+// libnccl for the emulator: ranks are threads or processes of one machine, connected by Unix sockets. Enough to run what `kernels` asks of
+// it: non-blocking communicators, sends, receives and sums of f32 in groups, on the streams of the emulated driver. Unless streams run
+// beside their callers, work waits on the thread that submits it, so a rank that waits for another cannot look up: its wait ends when the
+// other leaves or dies, or after PATIENCE.
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -19,7 +28,7 @@ extern "C" CUresult emulator_submit(CUstream stream, void (*work)(void*), void (
 
 namespace {
 
-enum Status : int { SUCCESS = 0, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
+enum Status : int { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
 const int VERSION = 22800;
 const int FLOAT32 = 7;
 const int SUM = 0;
@@ -45,25 +54,90 @@ struct Config {
 
 using Message = std::vector<float>;
 
-// What the ranks of one id share.
-struct Group {
+bool read_all(int socket, void* bytes, size_t count) {
+    return recv(socket, bytes, count, MSG_WAITALL) == static_cast<ssize_t>(count);
+}
+
+bool write_all(int socket, const void* bytes, size_t count) {
+    const char* next = static_cast<const char*>(bytes);
+    while (count > 0) {
+        ssize_t written = send(socket, next, count, MSG_NOSIGNAL);
+        if (written <= 0) {
+            return false;
+        }
+        next += written;
+        count -= static_cast<size_t>(written);
+    }
+    return true;
+}
+
+// Open as long as somebody knows it.
+struct Socket {
+    const int number;
+
+    explicit Socket(int open) : number(open) {}
+    Socket() : number(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) {}
+    ~Socket() { close(number); }
+};
+
+// Where rank `rank` of the group of this id is reached: a name that goes with its process.
+socklen_t name_of(const Id& id, int rank, sockaddr_un* address) {
+    std::memset(address, 0, sizeof *address);
+    address->sun_family = AF_UNIX;
+    unsigned long long words[2];
+    std::memcpy(words, &id, sizeof words);
+    int length = std::snprintf(address->sun_path + 1, sizeof address->sun_path - 1, "emulated-nccl-%016llx%016llx-%d", words[0],
+                               words[1], rank);
+    return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + static_cast<size_t>(length));
+}
+
+// One rank's connections to all others. A thread reads each, so nobody who sends waits for one who sends.
+struct Links {
     std::mutex mutex;
     std::condition_variable changed;
-    int present = 0;
+    const int rank;
+    const int size;
+    // By rank; null before they are connected, and when they have ended.
+    std::vector<std::shared_ptr<Socket>> sockets;
     std::vector<bool> gone;
-    std::map<std::pair<int, int>, std::deque<Message>> under_way;  // by sender and receiver
+    std::vector<std::deque<Message>> under_way;  // by sender
+    std::weak_ptr<Socket> listener;
+    bool left = false;
 
-    void send(int from, int to, Message message) {
+    Links(int own, int ranks) : rank(own), size(ranks), sockets(ranks), gone(ranks), under_way(ranks) {}
+
+    bool has_left() {
         std::lock_guard<std::mutex> lock(mutex);
-        under_way[{from, to}].push_back(std::move(message));
-        changed.notify_all();
+        return left;
+    }
+
+    bool complete() {
+        std::lock_guard<std::mutex> lock(mutex);
+        int missing = 0;
+        for (int peer = 0; peer < size; peer++) {
+            missing += peer != rank && sockets[peer] == nullptr && !gone[peer];
+        }
+        return missing == 0;
+    }
+
+    void send(int to, const Message& message) {
+        std::shared_ptr<Socket> socket;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            socket = sockets[to];
+        }
+        // To one who is gone it is lost, as it should be.
+        uint64_t count = message.size();
+        if (socket != nullptr && write_all(socket->number, &count, sizeof count)) {
+            write_all(socket->number, message.data(), count * sizeof(float));
+        }
     }
 
     // False if it does not come.
-    bool receive(int from, int to, Message* message) {
+    bool receive(int from, Message* message) {
         std::unique_lock<std::mutex> lock(mutex);
-        std::deque<Message>& queue = under_way[{from, to}];
-        bool over = changed.wait_for(lock, PATIENCE, [&] { return !queue.empty() || gone[from] || gone[to]; });
+        std::deque<Message>& queue = under_way[from];
+        bool over = changed.wait_for(lock, PATIENCE, [&] { return !queue.empty() || gone[from] || left; });
         if (!over || queue.empty()) {
             return false;
         }
@@ -72,17 +146,90 @@ struct Group {
         return true;
     }
 
-    void leave(int rank) {
+    void leave() {
         std::lock_guard<std::mutex> lock(mutex);
-        gone[rank] = true;
+        left = true;
+        for (const auto& socket : sockets) {
+            if (socket != nullptr) {
+                shutdown(socket->number, SHUT_RDWR);
+            }
+        }
+        if (std::shared_ptr<Socket> waiting = listener.lock()) {
+            shutdown(waiting->number, SHUT_RDWR);
+        }
+        changed.notify_all();
+    }
+
+    // A connection to `peer`: whatever comes, until it ends.
+    void attend(int peer, const std::shared_ptr<Socket>& socket) {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            sockets[peer] = socket;
+            if (left) {
+                shutdown(socket->number, SHUT_RDWR);
+            }
+        }
+        uint64_t count;
+        while (read_all(socket->number, &count, sizeof count)) {
+            Message message(count);
+            if (!read_all(socket->number, message.data(), count * sizeof(float))) {
+                break;
+            }
+            std::lock_guard<std::mutex> lock(mutex);
+            under_way[peer].push_back(std::move(message));
+            changed.notify_all();
+        }
+        std::lock_guard<std::mutex> lock(mutex);
+        sockets[peer] = nullptr;
+        gone[peer] = true;
         changed.notify_all();
     }
 };
 
+void dial(const std::shared_ptr<Links>& links, const Id& id, int peer) {
+    sockaddr_un address;
+    socklen_t length = name_of(id, peer, &address);
+    auto made = std::make_shared<Socket>();
+    while (connect(made->number, reinterpret_cast<sockaddr*>(&address), length) != 0) {
+        if (links->has_left()) {
+            return;
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    write_all(made->number, &links->rank, sizeof links->rank);
+    links->attend(peer, made);
+}
+
+void answer(const std::shared_ptr<Links>& links, std::shared_ptr<Socket> listener) {
+    int peer = -1;
+    auto made = std::make_shared<Socket>(accept4(listener->number, nullptr, nullptr, SOCK_CLOEXEC));
+    listener = nullptr;
+    if (read_all(made->number, &peer, sizeof peer) && peer > links->rank && peer < links->size) {
+        links->attend(peer, made);
+    }
+}
+
+// Connects with the ranks below and waits for those above; all of it on threads that end when the group does. Null if it cannot.
+std::shared_ptr<Links> connect_all(const Id& id, int rank, int size) {
+    auto links = std::make_shared<Links>(rank, size);
+    auto listener = std::make_shared<Socket>();
+    sockaddr_un address;
+    socklen_t length = name_of(id, rank, &address);
+    if (bind(listener->number, reinterpret_cast<sockaddr*>(&address), length) != 0 || listen(listener->number, size) != 0) {
+        return nullptr;
+    }
+    links->listener = listener;
+    for (int peer = 0; peer < rank; peer++) {
+        std::thread(dial, links, id, peer).detach();
+    }
+    for (int above = rank + 1; above < size; above++) {
+        std::thread(answer, links, listener).detach();
+    }
+    return links;
+}
+
 struct Communicator {
-    std::shared_ptr<Group> group;
-    int rank = 0;
-    int size = 0;
+    std::shared_ptr<Links> links;
     std::mutex mutex;
     int state = SUCCESS;
     int turns_in_progress = 0;
@@ -120,11 +267,6 @@ std::map<Handle, std::shared_ptr<Communicator>>& communicators() {
     return *all;
 }
 
-std::map<uint64_t, std::shared_ptr<Group>>& groups() {
-    static auto* all = new std::map<uint64_t, std::shared_ptr<Group>>();
-    return *all;
-}
-
 thread_local int depth = 0;
 thread_local std::vector<Operation> begun;
 
@@ -142,24 +284,25 @@ void run(const std::vector<Operation>& operations) {
             return;
         }
         Message message(operation.source, operation.source + (operation.kind == Kind::Receive ? 0 : operation.count));
-        for (int rank = 0; rank < own.size; rank++) {
-            bool wanted = operation.kind == Kind::Sum ? rank != own.rank : operation.kind == Kind::Send && rank == operation.peer;
+        for (int rank = 0; rank < own.links->size; rank++) {
+            bool wanted =
+                operation.kind == Kind::Sum ? rank != own.links->rank : operation.kind == Kind::Send && rank == operation.peer;
             if (wanted) {
-                own.group->send(own.rank, rank, message);
+                own.links->send(rank, message);
             }
         }
     }
     for (const Operation& operation : operations) {
         Communicator& own = *operation.communicator;
         Message sum(operation.kind == Kind::Sum ? operation.count : 0, 0.0f);
-        for (int rank = 0; rank < own.size && operation.kind != Kind::Send; rank++) {
+        for (int rank = 0; rank < own.links->size && operation.kind != Kind::Send; rank++) {
             if (operation.kind == Kind::Receive && rank != operation.peer) {
                 continue;
             }
             Message message;
-            if (operation.kind == Kind::Sum && rank == own.rank) {
+            if (operation.kind == Kind::Sum && rank == own.links->rank) {
                 message.assign(operation.source, operation.source + operation.count);
-            } else if (!own.group->receive(rank, own.rank, &message)) {
+            } else if (!own.links->receive(rank, &message)) {
                 return own.fail(REMOTE_ERROR);
             }
             if (message.size() != operation.count) {
@@ -198,7 +341,7 @@ int submit() {
 
 int begin(Kind kind, const void* source, void* target, size_t count, int type, int peer, Handle handle, CUstream stream) {
     auto communicator = find(handle);
-    if (communicator == nullptr || type != FLOAT32 || (kind != Kind::Sum && (peer < 0 || peer >= communicator->size))) {
+    if (communicator == nullptr || type != FLOAT32 || (kind != Kind::Sum && (peer < 0 || peer >= communicator->links->size))) {
         return INVALID_ARGUMENT;
     }
     begun.push_back({kind, static_cast<const float*>(source), static_cast<float*>(target), count, peer, communicator, stream});
@@ -210,7 +353,7 @@ int leave(Handle handle) {
     if (communicator == nullptr) {
         return INVALID_ARGUMENT;
     }
-    communicator->group->leave(communicator->rank);
+    communicator->links->leave();
     return SUCCESS;
 }
 
@@ -222,34 +365,22 @@ EXPORT int ncclGetVersion(int* version) {
 }
 
 EXPORT int ncclGetUniqueId(Id* id) {
-    static uint64_t next = 1;
-    std::lock_guard<std::mutex> lock(mutex);
     std::memset(id, 0, sizeof *id);
-    std::memcpy(id, &next, sizeof next);
-    next++;
-    return SUCCESS;
+    return getrandom(id->bytes, 16, 0) == 16 ? SUCCESS : SYSTEM_ERROR;
 }
 
 EXPORT int ncclCommInitRankConfig(Handle* handle, int size, Id id, int rank, Config* config) {
     if (config->magic != MAGIC || config->size < sizeof(Config) || config->blocking != 0 || rank < 0 || rank >= size) {
         return INVALID_ARGUMENT;
     }
-    uint64_t number;
-    std::memcpy(&number, &id, sizeof number);
     auto communicator = std::make_shared<Communicator>();
-    std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<Group>& group = groups()[number];
-    if (group == nullptr) {
-        group = std::make_shared<Group>();
-        group->gone.resize(static_cast<size_t>(size));
+    communicator->links = connect_all(id, rank, size);
+    if (communicator->links == nullptr) {
+        return SYSTEM_ERROR;
     }
-    communicator->group = group;
-    communicator->rank = rank;
-    communicator->size = size;
+    std::lock_guard<std::mutex> lock(mutex);
     communicators()[communicator.get()] = communicator;
     *handle = communicator.get();
-    std::lock_guard<std::mutex> group_lock(group->mutex);
-    group->present++;
     return IN_PROGRESS;
 }
 
@@ -258,15 +389,9 @@ EXPORT int ncclCommGetAsyncError(Handle handle, int* state) {
     if (communicator == nullptr) {
         return INVALID_ARGUMENT;
     }
-    {
-        std::lock_guard<std::mutex> lock(communicator->group->mutex);
-        if (communicator->group->present < communicator->size) {
-            *state = IN_PROGRESS;
-            return SUCCESS;
-        }
-    }
+    bool complete = communicator->links->complete();
     std::lock_guard<std::mutex> lock(communicator->mutex);
-    *state = communicator->state;
+    *state = complete ? communicator->state : IN_PROGRESS;
     if (*state == SUCCESS && communicator->turns_in_progress > 0) {
         communicator->turns_in_progress--;
         *state = IN_PROGRESS;
@@ -315,6 +440,8 @@ EXPORT const char* ncclGetErrorString(int status) {
     switch (status) {
         case SUCCESS:
             return "no error";
+        case SYSTEM_ERROR:
+            return "unhandled system error";
         case INVALID_ARGUMENT:
             return "invalid argument";
         case INVALID_USAGE:

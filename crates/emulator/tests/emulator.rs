@@ -18,7 +18,9 @@ fn program(name: &str) -> Option<PathBuf> {
 }
 
 fn run(program: &PathBuf, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
-    Command::new(program).args(arguments).envs(variables.iter().copied()).output().expect("the program runs")
+    let mut command = Command::new(program);
+    command.args(arguments).env_remove("PHALANX_EMULATOR_ORDER").envs(variables.iter().copied());
+    command.output().expect("the program runs")
 }
 
 fn expect_success(output: &Output, what: &str) {
@@ -34,6 +36,7 @@ fn threads_meet_as_on_a_gpu() {
         let output = run(&program, &[], &[("PHALANX_EMULATOR_ORDER", order)]);
         expect_success(&output, order);
     }
+    expect_success(&run(&program, &[], &[]), "by chance");
 }
 
 #[test]
@@ -60,13 +63,14 @@ fn mistakes_end_the_process_with_a_sentence() {
 #[test]
 fn the_driver_answers_as_a_real_one() {
     let Some(program) = program("driver") else { return };
-    for late in ["0", "1"] {
+    for (late, beside) in [("0", "0"), ("1", "0"), ("0", "1")] {
         let variables = [
             ("PHALANX_EMULATOR_LATE", late),
+            ("PHALANX_EMULATOR_BESIDE", beside),
             ("PHALANX_EMULATOR_DEVICES", "2"),
             ("PHALANX_EMULATOR_MEMORY", "1073741824"),
         ];
-        expect_success(&run(&program, &[], &variables), late);
+        expect_success(&run(&program, &[], &variables), &format!("late {late}, beside {beside}"));
     }
 }
 

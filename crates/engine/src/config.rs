@@ -15,6 +15,8 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
     pub max_sequences: u32,
+    /// Steps that may be planned before the first of them was applied; 0 counts as 1.
+    pub steps_in_flight: u32,
 }
 
 impl SchedulerConfig {
@@ -26,5 +28,10 @@ impl SchedulerConfig {
     /// Seats of the running batch.
     pub(crate) fn slots(&self) -> u32 {
         self.max_sequences.min(self.max_batch_tokens).max(1)
+    }
+
+    /// Steps between planning and applying.
+    pub(crate) fn steps_in_flight(&self) -> u64 {
+        self.steps_in_flight.max(1).into()
     }
 }

@@ -17,7 +17,7 @@ mod shard;
 pub use admission::AdmitError;
 pub use config::SchedulerConfig;
 pub use ids::{BlockId, Epoch, SeqId, SlotId, StepId};
-pub use plan::{SampledToken, Sampling, SeqSlice, StepOutput, StepPlan};
+pub use plan::{SampledToken, Sampling, SeqSlice, StepOutput, StepPlan, Tokens};
 pub use request::{Event, FinishReason, Request, SamplingParams, Usage};
 pub use scheduler::{Load, OutputError, Scheduler};
 pub use shard::{ModelShape, ShardError, Unit, rank_ranges, units};

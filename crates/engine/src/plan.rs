@@ -9,6 +9,8 @@ pub struct StepPlan {
     pub epoch: Epoch,
     /// Position of this step in the epoch.
     pub step: StepId,
+    /// Whether ranks keep what this step samples, each id by its slot, for [`Tokens::LastSampled`] in later plans.
+    pub keep_sampled: bool,
     /// The work, at most one slice for a sequence.
     pub slices: Vec<SeqSlice>,
 }
@@ -29,12 +31,37 @@ pub struct SeqSlice {
     pub slot: SlotId,
     /// Position of the first token in the sequence.
     pub start: u32,
-    /// Token ids at `start..start + tokens.len()`; never empty.
-    pub tokens: Vec<u32>,
+    /// The tokens at `start..start + tokens.len()`; at least one.
+    pub tokens: Tokens,
     /// The whole block table, covering positions `0..start + tokens.len()`: ranks keep none.
     pub blocks: Vec<BlockId>,
     /// `None`: a prefill chunk that ends before the prompt does, so nothing is sampled.
     pub sampling: Option<Sampling>,
+}
+
+/// What runs in a slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tokens {
+    /// Tokens that are known.
+    Ids(Vec<u32>),
+    /// One token: the id last sampled for this slot, by an earlier step of this epoch that may not have ended yet. So a step can
+    /// be on its way before the one in front of it has told what it chose.
+    LastSampled,
+}
+
+impl Tokens {
+    /// Rows that they take.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Ids(ids) => ids.len(),
+            Self::LastSampled => 1,
+        }
+    }
+
+    /// Whether there are none, as no plan of a scheduler has it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// How to choose the token that follows a slice: a pure function of logits, these values and the position.

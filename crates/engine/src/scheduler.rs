@@ -4,6 +4,9 @@
 //! are left, so whatever runs decodes and gets its row in every step, and at most the youngest is in prefill, chunk by
 //! chunk. A sequence takes blocks as it grows. When they run out, the youngest goes back to waiting and is recomputed
 //! later: so the oldest can always go on, and since each request was checked to fit by itself, every request ends.
+//!
+//! Steps may be planned while earlier ones are in flight: a sequence whose next token is being sampled goes on with it unseen.
+//! What is in flight keeps its blocks. If the youngest is, whoever lacks a block, and all that are younger, sit out until it is not.
 
 use std::collections::VecDeque;
 
@@ -11,9 +14,7 @@ use crate::admission::{AdmitError, admit};
 use crate::block_pool::BlockPool;
 use crate::config::SchedulerConfig;
 use crate::sequence::{Running, Sequence};
-use crate::{
-    Epoch, Event, Request, SampledToken, Sampling, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan,
-};
+use crate::{Epoch, Event, Request, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
 
 #[cfg(test)]
 mod tests;
@@ -64,6 +65,8 @@ pub struct Scheduler {
     config: SchedulerConfig,
     epoch: Epoch,
     next_step: StepId,
+    /// The oldest step in flight, or the next one where none is.
+    next_output: StepId,
     next_seq: SeqId,
     pool: BlockPool,
     /// The next to be taken is the last.
@@ -72,7 +75,6 @@ pub struct Scheduler {
     running: Vec<Running>,
     /// Oldest first.
     waiting: VecDeque<Sequence>,
-    in_flight: Option<StepId>,
 }
 
 impl Scheduler {
@@ -82,12 +84,12 @@ impl Scheduler {
             config,
             epoch,
             next_step: StepId(0),
+            next_output: StepId(0),
             next_seq: SeqId(0),
             pool: BlockPool::new(config.blocks),
             free_slots: slots(&config),
             running: Vec::new(),
             waiting: VecDeque::new(),
-            in_flight: None,
         }
     }
 
@@ -100,63 +102,68 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Drops a sequence: no event of it follows. One in flight keeps its blocks until its step is applied. Unknown or
-    /// ended sequences are ignored.
+    /// Drops a sequence: no event of it follows. One in flight keeps its blocks until all steps that have it are applied. Unknown
+    /// or ended sequences are ignored.
     pub fn cancel(&mut self, seq: SeqId) {
         self.waiting.retain(|sequence| sequence.id != seq);
         let Some(at) = self.running.iter().position(|running| running.sequence.id == seq) else { return };
-        if self.running[at].rows > 0 {
-            self.running[at].cancelled = true;
+        if self.running[at].is_in_flight() {
+            self.running[at].ended = true;
         } else {
             let running = self.running.remove(at);
             self.release(running);
         }
     }
 
-    /// The next step; none while one is in flight or when there is nothing to do.
+    /// The next step. None while as many are in flight as may be, or as long as there is nothing to do: try again after
+    /// [`Self::apply`] or [`Self::submit`].
     pub fn plan(&mut self) -> Option<StepPlan> {
-        if self.in_flight.is_some() {
+        let steps_in_flight = self.config.steps_in_flight();
+        if self.next_step.0 - self.next_output.0 >= steps_in_flight {
             return None;
         }
         let mut budget = self.config.max_batch_tokens.max(1) as usize;
+        let mut slices = Vec::new();
         let mut at = 0;
+        let mut goes_on = true;
         // Preemption shortens the list, but only from `at` on.
-        while at < self.running.len() {
-            self.schedule(at, &mut budget);
+        while goes_on && at < self.running.len() {
+            goes_on = self.schedule(at, &mut budget, &mut slices);
             at += 1;
         }
-        while budget > 0
+        while goes_on
+            && budget > 0
             && let Some(at) = self.join()
         {
-            self.schedule(at, &mut budget);
+            goes_on = self.schedule(at, &mut budget, &mut slices);
         }
-        let slices: Vec<SeqSlice> =
-            self.running.iter().filter(|running| running.rows > 0).map(slice).collect();
         if slices.is_empty() {
             return None;
         }
         let step = self.next_step;
         self.next_step.0 += 1;
-        self.in_flight = Some(step);
-        Some(StepPlan { epoch: self.epoch, step, slices })
+        Some(StepPlan { epoch: self.epoch, step, keep_sampled: steps_in_flight > 1, slices })
     }
 
-    /// Takes the output of the step in flight and returns what happened, in order. Output of another epoch or step is
+    /// Takes the output of the oldest step in flight and returns what happened, in order. Output of another epoch or step is
     /// dropped.
     pub fn apply(&mut self, output: &StepOutput) -> Result<Vec<Event>, OutputError> {
-        if output.epoch != self.epoch || Some(output.step) != self.in_flight {
+        let step = self.next_output;
+        if output.epoch != self.epoch || output.step != step || step == self.next_step {
             return Ok(Vec::new());
         }
         self.check(output)?;
-        self.in_flight = None;
+        self.next_output.0 += 1;
         let mut events = Vec::new();
         let mut tokens = output.tokens.iter();
         for mut running in std::mem::take(&mut self.running) {
-            let token = if running.samples() { tokens.next() } else { None };
-            running.computed += std::mem::take(&mut running.rows);
-            let ended =
-                running.cancelled || token.is_some_and(|token| advance(&mut running, token, &mut events));
-            if ended {
+            let token = if running.is_sampled_in(step) { tokens.next() } else { None };
+            running.arrive(step);
+            // A step that was planned before the sequence ended samples it in vain.
+            if let Some(token) = token.filter(|_| !running.ended) {
+                running.ended = advance(&mut running.sequence, token, &mut events);
+            }
+            if running.ended && !running.is_in_flight() {
                 self.release(running);
             } else {
                 self.running.push(running);
@@ -172,11 +179,10 @@ impl Scheduler {
     pub fn restart(&mut self, config: SchedulerConfig, epoch: Epoch) {
         self.config = config;
         self.epoch = epoch;
-        self.next_step = StepId(0);
-        self.in_flight = None;
+        (self.next_step, self.next_output) = (StepId(0), StepId(0));
         self.pool = BlockPool::new(config.blocks);
         self.free_slots = slots(&config);
-        for running in self.running.drain(..).rev().filter(|running| !running.cancelled) {
+        for running in self.running.drain(..).rev().filter(|running| !running.ended) {
             self.waiting.push_front(running.sequence);
         }
     }
@@ -206,26 +212,33 @@ impl Scheduler {
         }
     }
 
-    /// Plans as many rows of a running sequence as the budget allows. While blocks are missing, the youngest goes back
-    /// to waiting, at last this one itself.
-    fn schedule(&mut self, at: usize, budget: &mut usize) {
+    /// Plans as many rows of a running sequence as the budget allows. While blocks are missing, the youngest goes back to waiting, at
+    /// last this one itself. False if it cannot, because it is in flight: then the step ends here.
+    fn schedule(&mut self, at: usize, budget: &mut usize, slices: &mut Vec<SeqSlice>) -> bool {
         while let Some(running) = self.running.get_mut(at) {
             let rows = running.remaining().min(*budget);
-            if self.pool.grow(&mut running.table, self.config.blocks_for(running.computed + rows)) {
-                running.rows = rows;
-                *budget -= rows;
-                return;
+            if rows == 0 {
+                break;
             }
-            self.preempt_youngest();
+            let blocks = self.config.blocks_for(running.planned_with(rows));
+            if self.pool.grow(&mut running.table, blocks) {
+                slices.push(running.depart(self.next_step, rows));
+                *budget -= rows;
+                break;
+            }
+            if !self.preempt_youngest() {
+                return false;
+            }
         }
+        true
     }
 
-    /// Sends the youngest running sequence, which has no rows in this step yet, back to waiting.
-    fn preempt_youngest(&mut self) {
-        if let Some(youngest) = self.running.pop() {
-            let sequence = self.release(youngest);
-            self.waiting.push_front(sequence);
-        }
+    /// Sends the youngest running sequence, which has no rows in this step yet, back to waiting; false if it is in flight.
+    fn preempt_youngest(&mut self) -> bool {
+        let Some(youngest) = self.running.pop_if(|running| !running.is_in_flight()) else { return false };
+        let sequence = self.release(youngest);
+        self.waiting.push_front(sequence);
+        true
     }
 
     /// Gives the oldest waiting sequence a slot, if one is free and there are blocks for all the tokens that it has;
@@ -250,8 +263,11 @@ impl Scheduler {
 
     fn check(&self, output: &StepOutput) -> Result<(), OutputError> {
         let step = output.step;
-        let planned =
-            self.running.iter().filter(|running| running.samples()).map(|running| running.sequence.id);
+        let planned = self
+            .running
+            .iter()
+            .filter(|running| running.is_sampled_in(step))
+            .map(|running| running.sequence.id);
         let found = output.tokens.iter().map(|token| token.seq);
         if !planned.clone().eq(found.clone()) {
             return Err(OutputError::Sequences { step, planned: planned.collect(), found: found.collect() });
@@ -268,26 +284,13 @@ fn slots(config: &SchedulerConfig) -> Vec<SlotId> {
     (0..config.slots()).rev().map(SlotId).collect()
 }
 
-fn slice(running: &Running) -> SeqSlice {
-    let Running { sequence, computed, rows, .. } = running;
-    let end = computed + rows;
-    SeqSlice {
-        seq: sequence.id,
-        slot: running.slot,
-        start: *computed as u32,
-        tokens: sequence.tokens[*computed..end].to_vec(),
-        blocks: running.table.blocks().to_vec(),
-        sampling: running.samples().then_some(Sampling { params: sequence.sampling, position: end as u32 }),
-    }
-}
-
 /// Appends a sampled token; returns whether the sequence ends with it.
-fn advance(running: &mut Running, token: &SampledToken, events: &mut Vec<Event>) -> bool {
+fn advance(sequence: &mut Sequence, token: &SampledToken, events: &mut Vec<Event>) -> bool {
     let SampledToken { seq, id, logprob } = *token;
-    let reason = running.sequence.push(id);
+    let reason = sequence.push(id);
     events.push(Event::Token { seq, id, logprob });
     if let Some(reason) = reason {
-        events.push(Event::Finished { seq, reason, usage: running.sequence.usage() });
+        events.push(Event::Finished { seq, reason, usage: sequence.usage() });
     }
     reason.is_some()
 }

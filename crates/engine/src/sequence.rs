@@ -1,9 +1,13 @@
 //! One request on its way through the scheduler.
 
+use std::collections::VecDeque;
+
 use crate::admission::{AdmitError, room};
 use crate::block_pool::BlockTable;
 use crate::config::SchedulerConfig;
-use crate::{FinishReason, Request, SamplingParams, SeqId, SlotId, Usage};
+use crate::{
+    FinishReason, Request, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, Tokens, Usage,
+};
 
 /// A request's tokens and when they end; all that is needed to compute it anew.
 #[derive(Debug)]
@@ -53,6 +57,11 @@ impl Sequence {
         Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: self.generated() }
     }
 
+    /// Whether another token is to be generated after `more` that are on their way, should none of them end it.
+    fn goes_on_after(&self, more: usize) -> bool {
+        self.generated() as usize + more < self.max_tokens as usize
+    }
+
     fn generated(&self) -> u32 {
         (self.tokens.len() - self.prompt_tokens) as u32
     }
@@ -64,26 +73,80 @@ pub(crate) struct Running {
     pub(crate) sequence: Sequence,
     pub(crate) slot: SlotId,
     pub(crate) table: BlockTable,
-    /// Leading tokens whose keys and values are in the blocks.
-    pub(crate) computed: usize,
-    /// Tokens after these that the step in flight computes.
-    pub(crate) rows: usize,
-    /// To be dropped when the step in flight was applied.
-    pub(crate) cancelled: bool,
+    /// Leading tokens whose keys and values are in the blocks when all steps in flight have run.
+    planned: usize,
+    /// The steps in flight that it is part of, oldest first.
+    flights: VecDeque<Flight>,
+    /// Nothing is planned for it and no event of it follows: it is released when no step in flight has it any more.
+    pub(crate) ended: bool,
+}
+
+/// A sequence's part in a step in flight.
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    step: StepId,
+    /// The step yields its next token.
+    samples: bool,
 }
 
 impl Running {
     pub(crate) fn new(sequence: Sequence, slot: SlotId) -> Self {
-        Self { sequence, slot, table: BlockTable::default(), computed: 0, rows: 0, cancelled: false }
+        let (table, flights) = (BlockTable::default(), VecDeque::new());
+        Self { sequence, slot, table, planned: 0, flights, ended: false }
     }
 
-    /// Tokens that are not computed yet, those in flight included; at least 1.
+    /// Tokens that can be planned: those that are known or being sampled, as far as the answer needs them computed.
     pub(crate) fn remaining(&self) -> usize {
-        self.sequence.tokens.len() - self.computed
+        let sampling = self.sampling();
+        if self.ended || !self.sequence.goes_on_after(sampling) {
+            return 0;
+        }
+        self.sequence.tokens.len() + sampling - self.planned
     }
 
-    /// Whether the step in flight yields this sequence's next token.
-    pub(crate) fn samples(&self) -> bool {
-        self.rows > 0 && self.rows == self.remaining()
+    /// Tokens that are computed after `rows` more rows.
+    pub(crate) fn planned_with(&self, rows: usize) -> usize {
+        self.planned + rows
+    }
+
+    /// Takes part in `step` with the next `rows` tokens, at most [`Self::remaining`].
+    pub(crate) fn depart(&mut self, step: StepId, rows: usize) -> SeqSlice {
+        let (start, end) = (self.planned, self.planned + rows);
+        let samples = rows == self.remaining();
+        // What is being sampled is one token, as it takes a step to sample the next.
+        let tokens = match self.sequence.tokens.get(start..end) {
+            Some(ids) => Tokens::Ids(ids.to_vec()),
+            None => Tokens::LastSampled,
+        };
+        self.planned = end;
+        self.flights.push_back(Flight { step, samples });
+        SeqSlice {
+            seq: self.sequence.id,
+            slot: self.slot,
+            start: start as u32,
+            tokens,
+            blocks: self.table.blocks().to_vec(),
+            sampling: samples.then_some(Sampling { params: self.sequence.sampling, position: end as u32 }),
+        }
+    }
+
+    /// Whether `step`, the oldest in flight, samples it.
+    pub(crate) fn is_sampled_in(&self, step: StepId) -> bool {
+        self.flights.front().is_some_and(|flight| flight.step == step && flight.samples)
+    }
+
+    /// `step`, the oldest in flight, has run.
+    pub(crate) fn arrive(&mut self, step: StepId) {
+        self.flights.pop_front_if(|flight| flight.step == step);
+    }
+
+    /// Whether a step in flight has it.
+    pub(crate) fn is_in_flight(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    /// Tokens that steps in flight sample.
+    fn sampling(&self) -> usize {
+        self.flights.iter().filter(|flight| flight.samples).count()
     }
 }

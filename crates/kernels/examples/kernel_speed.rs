@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use kernels::cpu::{Path, read_bandwidth};
-use kernels::{Backend, Batch, Cpu, DType, KvShape, Partial, RowBlock, Slice, SourceType, Step, Tree};
+use kernels::{Backend, Batch, Cpu, DType, KvShape, Partial, RowBlock, Slice, SourceType, Step, Token, Tree};
 
 const ROUNDS: usize = 7;
 
@@ -168,7 +168,7 @@ fn fill(
 }
 
 fn step(batch: Batch) -> Step {
-    Step::new(vec![0; batch.rows()], batch, Vec::new())
+    Step::new(vec![Token::Id(0); batch.rows()], batch, Vec::new())
 }
 
 /// A weight of ones.

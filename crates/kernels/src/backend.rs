@@ -102,6 +102,24 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Tokens that a KV block holds.
 pub const BLOCK_TOKENS: usize = 64;
 
+/// Slots that backends keep a token for: as many sequences can be in flight.
+pub const MAX_SLOTS: usize = 4096;
+
+/// Steps that every backend takes before the choices of the first of them were asked for.
+pub const MAX_STEPS_IN_FLIGHT: usize = 2;
+
+/// Values of a chosen token in a buffer: the bits of its id, and its log-probability.
+pub const CHOSEN_COLS: usize = 2;
+
+/// The token of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token {
+    /// This one.
+    Id(u32),
+    /// The one that was last kept for this slot, below [`MAX_SLOTS`]; 0 if none was.
+    LastSampled(u32),
+}
+
 /// One sequence's rows in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slice {
@@ -152,6 +170,9 @@ pub struct KvShape {
 pub struct SampledRow {
     /// Row of the step.
     pub row: usize,
+    /// The slot, below [`MAX_SLOTS`], that the id is kept for, if later steps may ask for it ([`Token::LastSampled`]). No two rows
+    /// have the same.
+    pub slot: Option<u32>,
     /// How to choose.
     pub draw: Draw,
 }
@@ -160,7 +181,7 @@ pub struct SampledRow {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Step {
     /// The token of every row of the batch.
-    pub ids: Vec<u32>,
+    pub tokens: Vec<Token>,
     /// How the rows fall into sequences.
     pub batch: Batch,
     /// Rows that are sampled from, ascending.
@@ -173,8 +194,13 @@ pub struct Step {
 
 impl Step {
     /// A step of exactly the rows of the batch.
-    pub fn new(ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Self {
-        Self { rows: batch.rows(), sampled_rows: sampled.len(), ids, batch, sampled }
+    pub fn new(tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Self {
+        Self { rows: batch.rows(), sampled_rows: sampled.len(), tokens, batch, sampled }
+    }
+
+    /// Whether an id that it samples is kept.
+    pub fn keeps(&self) -> bool {
+        self.sampled.iter().any(|sampled| sampled.slot.is_some())
     }
 }
 
@@ -235,14 +261,19 @@ pub trait Backend {
     fn kv_block_bytes(&self, shape: KvShape) -> usize;
     /// Copies one row of an f32 buffer to the host, when all that was begun before has ended.
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
-    /// Bytes that a KV cache may take where the user sets no limit.
-    fn kv_budget(&self) -> Result<u64>;
+    /// Bytes that a KV cache may take where the user sets no limit: on a device of its own all that is left, on one that it shares with
+    /// other programs no more than `enough`.
+    fn kv_budget(&self, enough: u64) -> Result<u64>;
 
     // ---- steps
 
     /// A step as this backend likes it: it may add rows that mean nothing.
-    fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
-        Step::new(ids, batch, sampled)
+    fn step(&self, tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+        Step::new(tokens, batch, sampled)
+    }
+    /// The most rows that [`Backend::step`] makes of up to so many.
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
     }
 
     /// Runs the ops of a step, all of which are called in `body`, and returns when they are under way. Where `record` allows it, a GPU
@@ -261,7 +292,7 @@ pub trait Backend {
 
     // ---- ops
 
-    /// `out[T, hidden]` f32 = the table's row of each id of the step, or zeros where the id is another rank's.
+    /// `out[T, hidden]` f32 = the table's row of each token of the step, or zeros where the token is another rank's.
     fn embed(&mut self, step: &Step, table: &Self::Table, out: &mut Self::Buffer) -> Result<()>;
 
     /// `out = x / rms(x) · weight`, rms(x) = √(mean(x²) + eps); x f32 `[T, hidden]`, out compute `[T, hidden]`.
@@ -350,9 +381,18 @@ pub trait Backend {
     /// `out[i] = x[row of the step's i-th sampled row]`; both compute or both f32, of the same width.
     fn gather_sampled(&mut self, step: &Step, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
 
-    /// Begins to choose a token for each of the step's sampled rows from `logits`, f32 `[sampled rows, vocabulary]`.
-    fn sample(&mut self, step: &Step, logits: &Self::Buffer) -> Result<()>;
+    /// Begins to choose a token for each of the step's sampled rows from `logits`, f32 `[sampled rows, vocabulary]`, and keeps the ids of
+    /// those that have a slot. `chosen`, f32 `[sampled rows, CHOSEN_COLS]`, gets the bits of each id, and its log-probability.
+    fn sample(&mut self, step: &Step, logits: &Self::Buffer, chosen: &mut Self::Buffer) -> Result<()>;
+
+    /// Keeps what another rank chose for this step, whose [`Backend::sample`] gave it `chosen`.
+    fn keep(&mut self, step: &Step, chosen: &Self::Buffer) -> Result<()>;
 
     /// The choices of the oldest [`Backend::sample`] that was not asked for yet; waits for it.
     fn choices(&mut self) -> Result<Vec<Choice>>;
+
+    /// Whether [`Backend::choices`] would not wait. Asked again and again while something is under way.
+    fn choices_are_there(&mut self) -> Result<bool> {
+        Ok(true)
+    }
 }

@@ -23,13 +23,11 @@ pub use kv::KvCache;
 pub use matrix::Matrix;
 pub use path::{PATH_VARIABLE, Path};
 
-use std::collections::VecDeque;
-
 use self::buffer::SharedElements;
 use self::memory::Shared;
 use self::path::Vectors;
 use self::pool::Pool;
-use crate::sample::sample;
+use crate::host_sampler::HostSampler;
 use crate::shape::{self, Dims, KvDims};
 use crate::{Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, Step, Tree};
 
@@ -42,7 +40,7 @@ pub struct Cpu {
     vectors: Vectors,
     products: linear::Scratch,
     attention: attend::Scratch,
-    choices: VecDeque<Vec<Choice>>,
+    sampler: HostSampler,
 }
 
 impl Cpu {
@@ -64,7 +62,7 @@ impl Cpu {
             pool: Pool::new(threads)?,
             products: linear::Scratch::new()?,
             attention: attend::Scratch::new()?,
-            choices: VecDeque::new(),
+            sampler: HostSampler::default(),
         })
     }
 
@@ -145,13 +143,13 @@ impl Backend for Cpu {
         Ok(buffer.f32s()[row * buffer.cols()..][..buffer.cols()].to_vec())
     }
 
-    fn kv_budget(&self) -> Result<u64> {
-        Ok(memory::available() / KV_MEMORY_SHARE)
+    fn kv_budget(&self, enough: u64) -> Result<u64> {
+        Ok(enough.min(memory::available() / KV_MEMORY_SHARE))
     }
 
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {
         shape::embed(step, table.rows.cols(), out.dims())?;
-        rows::embed(&self.pool, self.vectors, &step.ids, table, out.shared_f32s()?);
+        rows::embed(&self.pool, self.vectors, &self.sampler.ids(step), table, out.shared_f32s()?);
         Ok(())
     }
 
@@ -271,16 +269,20 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn sample(&mut self, step: &Step, logits: &Buffer) -> Result<()> {
-        shape::sample(step, logits.dims())?;
-        let rows = logits.f32s().chunks_exact(logits.cols());
-        let choices =
-            step.sampled.iter().zip(rows).map(|(sampled, row)| sample(row, &sampled.draw)).collect();
-        self.choices.push_back(choices);
+    fn sample(&mut self, step: &Step, logits: &Buffer, chosen: &mut Buffer) -> Result<()> {
+        shape::sample(step, logits.dims(), chosen.dims())?;
+        let chosen = chosen.as_f32_mut().unwrap_or_default();
+        self.sampler.sample(step, logits.f32s(), logits.cols(), chosen);
+        Ok(())
+    }
+
+    fn keep(&mut self, step: &Step, chosen: &Buffer) -> Result<()> {
+        shape::keep(step, chosen.dims())?;
+        self.sampler.keep(step, chosen.f32s());
         Ok(())
     }
 
     fn choices(&mut self) -> Result<Vec<Choice>> {
-        self.choices.pop_front().ok_or_else(crate::sample::nothing_asked)
+        self.sampler.choices()
     }
 }

@@ -8,16 +8,20 @@ mod arch;
 mod attend;
 mod backend;
 mod blas;
+mod board;
 mod buffer;
 mod cache;
+mod ceilings;
 mod device;
 mod elementwise;
 mod fold;
 mod limits;
 mod linear;
+mod mailbox;
 mod matrix;
 mod memory;
 mod modules;
+mod moment;
 mod nccl;
 mod nvrtc;
 mod one_shot;
@@ -26,7 +30,6 @@ mod record;
 mod report;
 mod rope;
 mod sample;
-mod shared;
 mod sources;
 mod stage;
 mod step;
@@ -39,28 +42,31 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 pub use self::arch::Arch;
+pub use self::board::{Board, Missed};
 pub use self::buffer::{Buffer, KvCache, Table};
+pub use self::ceilings::Ceilings;
 pub use self::limits::violations;
+pub use self::mailbox::Mailbox;
 pub use self::matrix::Matrix;
 pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
-pub use self::nccl::{Communicator, NcclId};
+pub use self::moment::Moment;
+pub use self::nccl::{Communicator, NcclId, nccl_version};
 pub use self::nvrtc::{CompileError, Nvrtc, Version};
-pub use self::one_shot::OneShot;
+pub use self::one_shot::{MAX_RANKS, OneShot};
 pub use self::report::MemoryReport;
-pub use self::shared::{Board, MAX_RANKS, Mailbox, Missed};
 pub use self::sources::{HEADERS, SOURCES, Source};
 pub use self::stage::{Stage, copy_alone, reduce_alone};
 pub use self::usage::KernelUsage;
 
 use self::device::Device;
 use self::linear::{Products, SUMS_BYTES};
-use self::memory::{Arena, Scratch};
+use self::memory::{Arena, Memory, Scratch};
 use self::pack::Packer;
 use self::record::{Record, Records};
 use self::step::{LARGEST_BUCKET, Plan};
 use self::transfer::{Choices, Words};
 use self::wide::{WIDE_ROWS, Wide};
-use crate::{CudaOptions, Error, Result, Step, WeightFormat};
+use crate::{CudaOptions, Error, MAX_SLOTS, Result, Step, WeightFormat};
 
 /// Weights are put into allocations of this size, so that few bytes are lost to the driver's pages.
 const ARENA_CHUNK_BYTES: usize = 256 << 20;
@@ -80,6 +86,7 @@ pub struct Cuda {
     warning: Option<String>,
     device: Rc<Device>,
     options: CudaOptions,
+    arch: Arch,
     path: String,
     arena: Arena,
     /// Where weights lie as the checkpoint has them before they are packed.
@@ -93,8 +100,10 @@ pub struct Cuda {
     choices: Choices,
     /// The step that ops are called for.
     plan: Option<Plan>,
-    /// Whether they chose tokens.
-    samples: bool,
+    /// Where they leave the tokens that they choose, if they do.
+    chosen: Option<u64>,
+    /// Ids by slot, as they were last kept.
+    last_sampled: Memory,
     records: Records,
     /// Sums of units, and partial results of attention.
     products: Scratch,
@@ -126,12 +135,11 @@ impl Cuda {
             device.load(&module.image)?;
         }
         let wide = if options.deterministic { None } else { Some(Wide::open(&device)?) };
-        let weights = if options.weights == WeightFormat::Fp8 { "-fp8" } else { "" };
-        let kind = if options.deterministic { "-deterministic" } else { "" };
         let chunk = if options.separate_allocations { 0 } else { ARENA_CHUNK_BYTES };
         Ok(Self {
             warning: loaded.warning,
-            path: format!("cuda-{arch}{weights}{kind}"),
+            path: path(arch, &options),
+            arch,
             arena: Arena::new(&device, chunk)?,
             staging: RefCell::new(Scratch::new(&device)),
             wide,
@@ -140,7 +148,8 @@ impl Cuda {
             words: Words::new(&device)?,
             choices: Choices::new(&device)?,
             plan: None,
-            samples: false,
+            chosen: None,
+            last_sampled: Memory::zeroed(&device, "ids by slot", MAX_SLOTS * size_of::<u32>())?,
             records: Records::default(),
             products: Scratch::new(&device),
             attention: RefCell::new(Scratch::new(&device)),
@@ -151,9 +160,36 @@ impl Cuda {
         })
     }
 
+    /// Switches [`CudaOptions::deterministic`] without loading weights anew, for measuring what it costs. What was computed before
+    /// stays; the path, and so the fingerprint, is the other one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without cuBLASLt, [`Error::OutOfMemory`] without room for its work space; then nothing has changed.
+    pub fn set_deterministic(&mut self, deterministic: bool) -> Result<()> {
+        if deterministic == self.options.deterministic {
+            return Ok(());
+        }
+        let wide = if deterministic {
+            None
+        } else {
+            let mut wide = Wide::open(&self.device)?;
+            wide.reserve()?;
+            Some(wide)
+        };
+        self.wide = wide;
+        self.options.deterministic = deterministic;
+        self.path = path(self.arch, &self.options);
+        Ok(())
+    }
+
     /// The GPU's name, as its maker gave it.
     pub fn name(&self) -> Result<String> {
         self.device.name()
+    }
+
+    /// What tells this GPU (or part of one) from all others.
+    pub fn uuid(&self) -> Result<[u8; 16]> {
+        self.device.uuid()
     }
 
     /// Bytes of the GPU's memory that are free, and that there are.
@@ -228,6 +264,13 @@ impl Cuda {
         let called = body(self);
         let graph = record::end(&self.device);
         called?;
-        Ok(Record::new(graph?, std::mem::take(&mut self.samples)))
+        Ok(Record::new(graph?, self.chosen.take()))
     }
+}
+
+/// The instruction path: what bits depend on beside the model.
+fn path(arch: Arch, options: &CudaOptions) -> String {
+    let weights = if options.weights == WeightFormat::Fp8 { "-fp8" } else { "" };
+    let kind = if options.deterministic { "-deterministic" } else { "" };
+    format!("cuda-{arch}{weights}{kind}")
 }

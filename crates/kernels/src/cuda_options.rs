@@ -11,6 +11,8 @@ pub struct CudaOptions {
     pub memory_utilization: f64,
     /// How weights are kept that the checkpoint has as they are.
     pub weights: WeightFormat,
+    /// Decoding steps are recorded as CUDA graphs. Without, each kernel is launched by itself: the same bits, for comparison.
+    pub graphs: bool,
     /// Every weight in an allocation of its own, so that tests notice an access beyond its end.
     pub separate_allocations: bool,
 }
@@ -22,6 +24,7 @@ impl Default for CudaOptions {
             deterministic: false,
             memory_utilization: 0.9,
             weights: WeightFormat::AsStored,
+            graphs: true,
             separate_allocations: false,
         }
     }

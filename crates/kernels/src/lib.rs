@@ -8,6 +8,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod cuda_options;
+mod host_sampler;
 pub mod oracle;
 mod quantized;
 pub mod sample;
@@ -15,8 +16,8 @@ mod shape;
 pub mod tree;
 
 pub use backend::{
-    BLOCK_TOKENS, Backend, Batch, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow,
-    Slice, SourceType, Step,
+    BLOCK_TOKENS, Backend, Batch, CHOSEN_COLS, DType, Error, HostBuffer, KvShape, MAX_SLOTS,
+    MAX_STEPS_IN_FLIGHT, Partial, Result, RowBlock, SampledRow, Slice, SourceType, Step, Token,
 };
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]

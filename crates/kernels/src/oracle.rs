@@ -2,22 +2,20 @@
 //!
 //! Maths is in f32; where a buffer, a weight or the cache is bf16, its values are rounded to bf16 when stored.
 
-use std::collections::VecDeque;
-
 use candle_core::{D, Device, Tensor};
 use half::{bf16, f16};
 
-use crate::sample::sample;
+use crate::host_sampler::HostSampler;
 use crate::shape::{self, BLOCK, Dims, KvDims};
 use crate::{
-    Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, SampledRow, Slice,
-    SourceType, Step, Tree,
+    Backend, Choice, DType, Error, HostBuffer, KvShape, Partial, Result, RowBlock, Slice, SourceType, Step,
+    Tree,
 };
 
 /// The reference backend.
 #[derive(Debug, Default)]
 pub struct Oracle {
-    choices: VecDeque<Vec<Choice>>,
+    sampler: HostSampler,
 }
 
 /// An activation matrix; bf16 as rounded f32.
@@ -161,14 +159,14 @@ impl Backend for Oracle {
         Ok(buffer.row(row))
     }
 
-    fn kv_budget(&self) -> Result<u64> {
-        Ok(1 << 30)
+    fn kv_budget(&self, enough: u64) -> Result<u64> {
+        Ok(enough.min(1 << 30))
     }
 
     fn embed(&mut self, step: &Step, table: &OracleTable, out: &mut OracleBuffer) -> Result<()> {
         let dims = table.rows.dims;
         shape::embed(step, dims.cols, out.dims)?;
-        for (row, &id) in step.ids.iter().enumerate() {
+        for (row, id) in self.sampler.ids(step).into_iter().enumerate() {
             match (id as usize).checked_sub(table.first_id).filter(|&at| at < dims.rows) {
                 Some(at) => out.set_row(row, &table.rows.row(at)),
                 None => out.set_row(row, &vec![0.0; dims.cols]),
@@ -379,15 +377,20 @@ impl Backend for Oracle {
         Ok(())
     }
 
-    fn sample(&mut self, step: &Step, logits: &OracleBuffer) -> Result<()> {
-        shape::sample(step, logits.dims)?;
-        let choose = |(row, sampled): (usize, &SampledRow)| sample(&logits.row(row), &sampled.draw);
-        self.choices.push_back(step.sampled.iter().enumerate().map(choose).collect());
+    fn sample(&mut self, step: &Step, logits: &OracleBuffer, chosen: &mut OracleBuffer) -> Result<()> {
+        shape::sample(step, logits.dims, chosen.dims)?;
+        self.sampler.sample(step, &logits.data, logits.dims.cols, &mut chosen.data);
+        Ok(())
+    }
+
+    fn keep(&mut self, step: &Step, chosen: &OracleBuffer) -> Result<()> {
+        shape::keep(step, chosen.dims)?;
+        self.sampler.keep(step, &chosen.data);
         Ok(())
     }
 
     fn choices(&mut self) -> Result<Vec<Choice>> {
-        self.choices.pop_front().ok_or_else(crate::sample::nothing_asked)
+        self.sampler.choices()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The ops' preconditions on sizes, checked alike by every backend.
 
-use crate::{Batch, DType, Error, KvShape, Result, RowBlock, Step, Tree};
+use crate::{Batch, CHOSEN_COLS, DType, Error, KvShape, MAX_SLOTS, Result, RowBlock, Step, Token, Tree};
 use std::ops::Range;
 
 pub(crate) use crate::backend::BLOCK_TOKENS as BLOCK;
@@ -84,6 +84,35 @@ impl Op {
         })
     }
 
+    /// A token for every row, and slots that there are.
+    fn tokens(self, step: &Step) -> Result<()> {
+        self.require(step.tokens.len() == step.batch.rows(), || {
+            format!("{} tokens for {} rows", step.tokens.len(), step.batch.rows())
+        })?;
+        let slots = step.tokens.iter().filter_map(|token| match token {
+            Token::LastSampled(slot) => Some(*slot),
+            Token::Id(_) => None,
+        });
+        self.slots(slots)
+    }
+
+    fn slots(self, mut slots: impl Iterator<Item = u32>) -> Result<()> {
+        let stranger = slots.find(|&slot| slot as usize >= MAX_SLOTS);
+        self.require(stranger.is_none(), || format!("slot {stranger:?} of {MAX_SLOTS}"))
+    }
+
+    /// Slots that there are, for what is chosen.
+    fn kept(self, step: &Step) -> Result<()> {
+        self.slots(step.sampled.iter().filter_map(|sampled| sampled.slot))
+    }
+
+    /// What is chosen for the sampled rows.
+    fn chosen(self, step: &Step, chosen: Dims) -> Result<()> {
+        self.rows(step)?;
+        self.kept(step)?;
+        self.f32_matrix("chosen", chosen, step.sampled_rows, CHOSEN_COLS)
+    }
+
     fn layer(self, layer: usize, kv: KvDims) -> Result<()> {
         self.require(layer < kv.layers, || format!("layer {layer} of {}", kv.layers))
     }
@@ -122,9 +151,8 @@ pub(crate) fn read_row(buffer: Dims, row: usize) -> Result<()> {
 pub(crate) fn step(step: &Step, blocks: usize) -> Result<()> {
     let op = Op("run");
     op.rows(step)?;
-    op.require(step.ids.len() == step.batch.rows(), || {
-        format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
-    })?;
+    op.tokens(step)?;
+    op.kept(step)?;
     op.batch(&step.batch, blocks)
 }
 
@@ -132,9 +160,7 @@ pub(crate) fn step(step: &Step, blocks: usize) -> Result<()> {
 pub(crate) fn embed(step: &Step, table_cols: usize, out: Dims) -> Result<()> {
     let op = Op("embed");
     op.rows(step)?;
-    op.require(step.ids.len() == step.batch.rows(), || {
-        format!("{} ids for {} rows", step.ids.len(), step.batch.rows())
-    })?;
+    op.tokens(step)?;
     op.f32_matrix("out", out, step.rows, table_cols)
 }
 
@@ -254,9 +280,14 @@ pub(crate) fn gather_sampled(step: &Step, x: Dims, out: Dims) -> Result<()> {
 }
 
 /// [`crate::Backend::sample`].
-pub(crate) fn sample(step: &Step, logits: Dims) -> Result<()> {
+pub(crate) fn sample(step: &Step, logits: Dims, chosen: Dims) -> Result<()> {
     let op = Op("sample");
-    op.rows(step)?;
+    op.chosen(step, chosen)?;
     op.require(logits.cols > 0, || "no logits".into())?;
     op.f32_matrix("logits", logits, step.sampled_rows, logits.cols)
+}
+
+/// [`crate::Backend::keep`].
+pub(crate) fn keep(step: &Step, chosen: Dims) -> Result<()> {
+    Op("keep").chosen(step, chosen)
 }

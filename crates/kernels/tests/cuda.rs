@@ -7,7 +7,10 @@ mod common;
 use common::gpu;
 use common::ops::{Types, embedded, gated, linear, norms, partials, turned};
 use common::{Device, Random, Sequences, assert_close, bits, run, sampled_step, step};
-use kernels::{Backend, Batch, Cuda, DType, Draw, KvShape, Oracle, Partial, Slice, SourceType, Tree, sample};
+use kernels::{
+    Backend, Batch, Cuda, CudaOptions, DType, Draw, KvShape, Oracle, Partial, SampledRow, Slice, SourceType,
+    Token, Tree, sample,
+};
 
 const BF16: Types = (DType::Bf16, DType::Bf16, SourceType::Bf16);
 
@@ -258,7 +261,8 @@ fn sampling_chooses_as_the_host_does() {
         let sampled: Vec<_> = draws.iter().copied().enumerate().collect();
         let step = sampled_step(gpu, 24, &sampled);
         let logits = gpu.filled(DType::F32, &rows);
-        run(gpu, &step, |gpu| gpu.sample(&step, &logits));
+        let mut chosen = gpu.buffer(DType::F32, 24, 2).unwrap();
+        run(gpu, &step, |gpu| gpu.sample(&step, &logits, &mut chosen));
         let choices = gpu.choices().unwrap();
         assert_eq!(choices.len(), 24);
         for ((choice, row), draw) in choices.iter().zip(&rows).zip(&draws) {
@@ -292,6 +296,7 @@ fn decode(gpu: &mut Cuda, record: bool, steps: usize) -> Vec<Vec<Vec<u32>>> {
     let (mut q, mut attended) = (bf16s(gpu, units * group * head_dim), bf16s(gpu, units * group * head_dim));
     let tree = Tree { units };
     let mut sums = [Partial { units: 0..units, sum: f32s(gpu, hidden) }];
+    let mut chosen = f32s(gpu, 2);
     let mut results = Vec::new();
     for at in 0..steps {
         // Three sequences, then two; the contexts cross the border of a block and of a span.
@@ -300,9 +305,9 @@ fn decode(gpu: &mut Cuda, record: bool, steps: usize) -> Vec<Vec<Vec<u32>>> {
         let tables: [Vec<u32>; 3] = [vec![0], vec![1, 2], (3..13).collect()];
         let slices =
             (0..count).map(|i| Slice { start: starts[i], len: 1, blocks: tables[i].clone() }).collect();
-        let ids = (0..count as u32).map(|i| (at as u32 * 3 + i) % 50).collect();
-        let sampled = (0..count).map(|row| kernels::SampledRow { row, draw: Draw::GREEDY }).collect();
-        let step = gpu.step(ids, Batch { slices }, sampled);
+        let tokens = (0..count as u32).map(|i| Token::Id((at as u32 * 3 + i) % 50)).collect();
+        let sampled = (0..count).map(|row| SampledRow { row, slot: None, draw: Draw::GREEDY }).collect();
+        let step = gpu.step(tokens, Batch { slices }, sampled);
         let rows = step.rows;
         gpu.run::<kernels::Error>(&step, record, |gpu| {
             gpu.rope_table(&step, &frequencies, &mut rope)?;
@@ -312,7 +317,7 @@ fn decode(gpu: &mut Cuda, record: bool, steps: usize) -> Vec<Vec<Vec<u32>>> {
             gpu.rope_write_kv(&step, &qkv, &rope, 0, &mut kv, &mut q)?;
             gpu.attend(&step, &q, 0, &kv, 0.25, &mut attended)?;
             gpu.linear_partials(rows, &attended, &o_weights, 0, tree, &mut sums)?;
-            gpu.sample(&step, &sums[0].sum)
+            gpu.sample(&step, &sums[0].sum, &mut chosen)
         })
         .unwrap();
         let choices = gpu.choices().unwrap();
@@ -328,6 +333,10 @@ fn recorded_steps_are_the_same_bits() {
     for gpu in &mut gpus() {
         let eager = decode(gpu, false, 24);
         assert_eq!(decode(gpu, true, 24), eager, "{}", gpu.path());
+    }
+    if gpu::present() {
+        let mut without = gpu::open_with(CudaOptions { graphs: false, ..CudaOptions::default() });
+        assert_eq!(decode(&mut without, true, 24), decode(&mut gpu::open(false), false, 24));
     }
 }
 

@@ -389,7 +389,7 @@ fn weights_take_what_their_formats_say() {
     assert_eq!(size(&plain, Kind::Plain), n * k * 2);
 
     let weight = Kind::Quantized(4, 128).weight(n, k, &mut random).on(&gpu, DType::Bf16);
-    let budget = gpu.kv_budget().unwrap();
+    let budget = gpu.kv_budget(0).unwrap();
     let shape = kernels::KvShape { layers: 2, units: 1, group: 2, head_dim: 64, dtype: DType::Bf16 };
     let kv = gpu.kv_cache(shape, 10).unwrap();
     let report = gpu.memory_report().unwrap();
@@ -397,7 +397,7 @@ fn weights_take_what_their_formats_say() {
     assert!(report.weights >= gpu.matrix_bytes(&weight) as u64, "{report}");
     // What products need is taken with the cache, as the budget foresaw.
     assert!(report.work_space >= 192 << 20, "{report}");
-    let left = budget.saturating_sub(gpu.kv_budget().unwrap());
+    let left = budget.saturating_sub(gpu.kv_budget(0).unwrap());
     assert!(left.abs_diff(report.kv_cache) < 8 << 20, "{left} where the cache takes {}", report.kv_cache);
     drop((kv, weight));
     assert_eq!(gpu.memory_report().unwrap().kv_cache, 0);

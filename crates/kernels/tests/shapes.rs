@@ -6,8 +6,8 @@ mod common;
 use common::{Device, block, cpus, ids_step, sampled_step, step};
 use kernels::cpu::Path;
 use kernels::{
-    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, KvShape, Oracle, Partial, Result, Slice, SourceType,
-    Step, Tree,
+    Backend, Batch, Cpu, DType, Draw, Error, HostBuffer, KvShape, MAX_SLOTS, Oracle, Partial, Result, Slice,
+    SourceType, Step, Token, Tree,
 };
 
 fn assert_shape<T>(result: Result<T>) {
@@ -86,12 +86,12 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
         batch(&[slice(0, 201, &[0, 1, 2, 0])]),
     ];
     for batch in bad {
-        let batch = &Step::new(vec![0; batch.rows()], batch, Vec::new());
+        let batch = &Step::new(vec![Token::Id(0); batch.rows()], batch, Vec::new());
         assert_shape(b.rope_write_kv(batch, &qkv, &rope, 0, &mut kv, &mut q));
         assert_shape(b.attend(batch, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)));
     }
     // Two slices must not write one block, but may read it.
-    let shared = Step::new(vec![0; 2], batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]), Vec::new());
+    let shared = Step::new(vec![Token::Id(0); 2], batch(&[slice(0, 1, &[1]), slice(0, 1, &[1])]), Vec::new());
     assert_shape(b.rope_write_kv(&shared, &qkv, &rope, 0, &mut kv, &mut q));
     b.attend(&shared, &q, 0, &kv, 1.0, &mut buffer(b, 200, 8)).unwrap();
     assert_shape(b.rope_write_kv(&good, &qkv, &rope, 2, &mut kv, &mut q));
@@ -111,9 +111,19 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
     assert_shape(b.gather_sampled(&sampled(b, &[2]), &small, &mut buffer(b, 2, 4)));
     assert_shape(b.gather_sampled(&sampled(b, &[0, 0, 0]), &small, &mut buffer(b, 2, 4)));
     assert_shape(b.gather_sampled(&sampled(b, &[0]), &small, &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
-    assert_shape(b.sample(&sampled(b, &[0, 1]), &buffer(b, 1, 4)));
-    assert_shape(b.sample(&sampled(b, &[0]), &buffer(b, 1, 0)));
+    let mut chosen = buffer(b, 1, 2);
+    assert_shape(b.sample(&sampled(b, &[0, 1]), &buffer(b, 1, 4), &mut buffer(b, 2, 2)));
+    assert_shape(b.sample(&sampled(b, &[0]), &buffer(b, 1, 0), &mut chosen));
+    assert_shape(b.sample(&sampled(b, &[0, 1]), &buffer(b, 2, 4), &mut chosen));
+    assert_shape(b.sample(&sampled(b, &[0]), &buffer(b, 1, 4), &mut buffer(b, 1, 3)));
+    assert_shape(b.keep(&sampled(b, &[0, 1]), &chosen));
     assert_shape(b.choices());
+    let mut far = sampled(b, &[0]);
+    far.sampled[0].slot = Some(MAX_SLOTS as u32);
+    assert_shape(b.sample(&far, &buffer(b, 1, 4), &mut chosen));
+    assert_shape(b.keep(&far, &chosen));
+    far.tokens[1] = Token::LastSampled(MAX_SLOTS as u32);
+    assert_shape(b.embed(&far, &table, &mut buffer(b, 2, 4)));
     let hollow = Step { rows: 1, ..sampled(b, &[0]) };
     assert_shape(b.embed(&hollow, &table, &mut buffer(b, 2, 4)));
 }

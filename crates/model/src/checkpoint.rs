@@ -10,6 +10,7 @@ mod error;
 mod header;
 mod inspect;
 mod output;
+mod pieces;
 mod quantized;
 mod random;
 mod rename;
@@ -32,9 +33,10 @@ use safetensors::Dtype;
 
 pub use error::CheckpointError;
 pub use inspect::{Inspection, RankBytes, WidthBytes, inspect};
+pub(crate) use random::Random;
 pub use rename::rename;
 pub use synthesize::{Synthesis, synthesize};
-pub(crate) use unpack::{PackedSlice, QuantizedRows};
+pub(crate) use unpack::QuantizedRows;
 
 use crate::config::{Config, Quantization};
 use crate::names::{Naming, QuantizedPart, Tensor};
@@ -69,6 +71,33 @@ struct Place {
     offset: u64,
     element_bytes: usize,
     shape: [usize; 2],
+}
+
+/// Where a run of columns is read to.
+struct Target<'a> {
+    cols: Range<usize>,
+    /// Row after row.
+    bytes: &'a mut [u8],
+    /// From the beginning of a row to that of the next; what lies behind the run is left as it is.
+    row_bytes: usize,
+}
+
+impl Place {
+    /// That rows and runs of columns are inside.
+    fn check(
+        &self,
+        name: impl Fn() -> String,
+        rows: &Range<usize>,
+        runs: &[Range<usize>],
+    ) -> Result<(), CheckpointError> {
+        let inside = |range: &Range<usize>, total| range.start <= range.end && range.end <= total;
+        let [total_rows, total_cols] = self.shape;
+        if inside(rows, total_rows) && runs.iter().all(|run| inside(run, total_cols)) {
+            return Ok(());
+        }
+        let (tensor, rows, cols) = (name(), rows.clone(), runs.to_vec());
+        Err(CheckpointError::OutOfRange { tensor, shape: self.shape, rows, cols })
+    }
 }
 
 impl Checkpoint {
@@ -147,25 +176,39 @@ impl Checkpoint {
         rows: Range<usize>,
         runs: &[Range<usize>],
     ) -> Result<Vec<Vec<u8>>, CheckpointError> {
-        let Place { element_bytes: size, shape: [total_rows, total_cols], .. } = place;
-        let inside = |range: &Range<usize>, total| range.start <= range.end && range.end <= total;
-        if !inside(&rows, total_rows) || !runs.iter().all(|run| inside(run, total_cols)) {
-            let (tensor, cols) = (name(), runs.to_vec());
-            return Err(CheckpointError::OutOfRange { tensor, shape: place.shape, rows, cols });
-        }
+        place.check(&name, &rows, runs)?;
+        let row_bytes = |run: &Range<usize>| run.len() * place.element_bytes;
+        let mut slices: Vec<_> = runs.iter().map(|run| vec![0; rows.len() * row_bytes(run)]).collect();
+        let mut targets: Vec<_> = runs
+            .iter()
+            .zip(&mut slices)
+            .map(|(run, bytes)| Target { cols: run.clone(), bytes, row_bytes: row_bytes(run) })
+            .collect();
+        self.read_into(place, name, rows, &mut targets)?;
+        Ok(slices)
+    }
+
+    /// Likewise, to where the targets say.
+    fn read_into(
+        &self,
+        place: Place,
+        name: impl Fn() -> String,
+        rows: Range<usize>,
+        targets: &mut [Target<'_>],
+    ) -> Result<(), CheckpointError> {
+        let runs: Vec<_> = targets.iter().map(|target| target.cols.clone()).collect();
+        place.check(name, &rows, &runs)?;
+        let Place { element_bytes: size, shape: [_, total_cols], .. } = place;
         let row_bytes = total_cols * size;
         let first_byte = place.offset + (rows.start * row_bytes) as u64;
-        if let [run] = runs
-            && run.len() == total_cols
+        if let [Target { cols, bytes, row_bytes: stride }] = targets
+            && cols.len() == total_cols
+            && *stride == row_bytes
         {
-            let mut slice = vec![0; rows.len() * row_bytes];
-            self.read_at(&place, &mut slice, first_byte)?;
-            return Ok(vec![slice]);
+            return self.read_at(&place, &mut bytes[..rows.len() * row_bytes], first_byte);
         }
         let hull = runs.iter().map(|run| run.start).min().unwrap_or(0) * size
             ..runs.iter().map(|run| run.end).max().unwrap_or(0) * size;
-        let mut slices: Vec<Vec<u8>> =
-            runs.iter().map(|run| Vec::with_capacity(rows.len() * run.len() * size)).collect();
         let rows_per_read =
             if row_bytes - hull.len() > MAX_GAP_BYTES { 1 } else { (BLOCK_BYTES / row_bytes).max(1) };
         let mut block = Vec::new();
@@ -173,13 +216,14 @@ impl Checkpoint {
             let count = rows_per_read.min(rows.len() - first);
             block.resize((count - 1) * row_bytes + hull.len(), 0);
             self.read_at(&place, &mut block, first_byte + (first * row_bytes + hull.start) as u64)?;
-            for row in block.chunks(row_bytes) {
-                for (slice, run) in slices.iter_mut().zip(runs) {
-                    slice.extend_from_slice(&row[run.start * size - hull.start..run.end * size - hull.start]);
+            for (index, row) in block.chunks(row_bytes).enumerate() {
+                for Target { cols, bytes, row_bytes } in &mut *targets {
+                    let run = &row[cols.start * size - hull.start..cols.end * size - hull.start];
+                    bytes[(first + index) * *row_bytes..][..run.len()].copy_from_slice(run);
                 }
             }
         }
-        Ok(slices)
+        Ok(())
     }
 
     fn place(&self, tensor: Tensor) -> Result<(Place, SourceType), CheckpointError> {

@@ -4,6 +4,7 @@
 //! release). Whatever would change the arithmetic and is not implemented is refused by name, so that a model
 //! is never served with wrong numbers. Sizes are bounded here, before anyone allocates by them.
 
+mod presets;
 mod quantization;
 
 use std::fs::File;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use engine::ModelShape;
 use serde_json::{Map, Value};
 
+pub use presets::Preset;
 pub use quantization::{Layout, Quantization};
 
 /// The base frequency that transformers takes where a LLaMA config names none.

@@ -4,21 +4,33 @@ use std::collections::VecDeque;
 use std::fmt::Display;
 
 use comm::Collective;
-use engine::{Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan};
-use kernels::{Backend, Batch, Choice, Draw, SampledRow, Slice, Step};
+use engine::{
+    Epoch, SampledToken, Sampling, SamplingParams, SeqId, SeqSlice, StepId, StepOutput, StepPlan, Tokens,
+};
+use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step, Token};
 
 use crate::error::{Error, Result};
 use crate::forward::Model;
+use crate::slots::Slots;
+use crate::source::{ModelOptions, StepSize};
 
 /// Rows of one plan: more than any sensible step, little enough that a false plan cannot exhaust memory.
 const MAX_ROWS: usize = 65_536;
 
 /// One rank of a group, driven by one thread.
 pub trait Executor {
-    /// Starts a step. Every rank of the group is given the same plans in the same order.
+    /// Steps that may be launched before the oldest of them was polled; at least 1.
+    fn steps_in_flight(&self) -> usize;
+    /// Starts a step, which may go on with what the ones before it sample. Every rank of the group is given the same plans in the same
+    /// order.
     fn launch(&mut self, plan: &StepPlan) -> Result<()>;
     /// Waits for the oldest step that was not polled yet: on the sampling rank its output, elsewhere none.
     fn poll(&mut self) -> Result<Option<StepOutput>>;
+    /// Whether [`Executor::poll`] would not wait. While a step is in flight this is to be asked again and again: in between, a device
+    /// that waits for other ranks looks after them.
+    fn is_ready(&mut self) -> Result<bool>;
+    /// The largest step that its memory was taken for; `None`: it takes more as steps come.
+    fn largest_step(&self) -> Option<StepSize>;
     /// KV blocks that this rank can hold.
     fn kv_blocks(&self) -> usize;
     /// Bytes of weights that this rank reads for a decoded token.
@@ -34,10 +46,14 @@ pub(crate) struct Limits {
     pub(crate) block_size: usize,
 }
 
-/// Runs plans on one backend. Steps may be launched before earlier ones were polled, as many as the backend takes.
+/// Runs plans on one backend.
 pub struct ModelExecutor<B: Backend, C> {
     model: Model<B, C>,
+    kv_shape: KvShape,
     limits: Limits,
+    steps_in_flight: usize,
+    largest_step: Option<StepSize>,
+    slots: Slots,
     /// Launched and not polled yet.
     running: VecDeque<Running>,
 }
@@ -51,13 +67,28 @@ struct Running {
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
-    pub(crate) fn new(model: Model<B, C>, limits: Limits) -> Self {
-        Self { model, limits, running: VecDeque::new() }
+    pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits, options: &ModelOptions) -> Self {
+        let ModelOptions { steps_in_flight, largest_step, .. } = *options;
+        let (slots, running) = (Slots::default(), VecDeque::new());
+        Self { model, kv_shape, limits, steps_in_flight, largest_step, slots, running }
     }
 
     /// The backend, for measurements between steps.
     pub fn backend_mut(&mut self) -> &mut B {
         self.model.backend_mut()
+    }
+
+    /// Replaces the KV cache by one of `blocks` blocks, all zeros: what was in it is forgotten, and steps that were not polled are
+    /// too. For tools that measure: serving keeps the cache that it began with.
+    ///
+    /// # Errors
+    /// The backend's where there is no room for it; one block is left then.
+    pub fn resize_kv(&mut self, blocks: usize) -> Result<()> {
+        while self.poll()?.is_some() {}
+        self.limits.kv_blocks = 1;
+        self.model.resize_kv(self.kv_shape, blocks.max(1))?;
+        self.limits.kv_blocks = blocks.max(1);
+        Ok(())
     }
 
     /// Runs a plan and returns, for every slice with sampling, the logits `[vocabulary]` of its last row; nothing
@@ -69,15 +100,22 @@ impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
 
     fn step(&self, plan: &StepPlan) -> Result<Step> {
         self.limits.check(plan)?;
-        let ids = plan.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        Ok(self.model.step(ids, batch(plan), sampled_rows(plan)))
+        if let Some((seq, what)) = self.slots.fault(plan) {
+            return Err(refused(plan, format!("sequence {seq}: {what}")));
+        }
+        Ok(self.model.step(tokens(plan), batch(plan), sampled_rows(plan)))
     }
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
+    fn steps_in_flight(&self) -> usize {
+        self.steps_in_flight
+    }
+
     fn launch(&mut self, plan: &StepPlan) -> Result<()> {
         let step = self.step(plan)?;
         self.model.begin(&step)?;
+        self.slots.note(plan);
         if self.model.samples() {
             let sampled = plan.slices.iter().filter(|slice| slice.sampling.is_some());
             let sequences = sampled.map(|slice| slice.seq).collect();
@@ -95,6 +133,17 @@ impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
         Ok(Some(StepOutput { epoch, step, tokens }))
     }
 
+    fn is_ready(&mut self) -> Result<bool> {
+        match self.running.front() {
+            Some(oldest) if !oldest.sequences.is_empty() => self.model.choices_are_there(),
+            _ => Ok(true),
+        }
+    }
+
+    fn largest_step(&self) -> Option<StepSize> {
+        self.largest_step
+    }
+
     fn kv_blocks(&self) -> usize {
         self.limits.kv_blocks
     }
@@ -107,14 +156,13 @@ impl<B: Backend, C: Collective<B::Buffer>> Executor for ModelExecutor<B, C> {
 impl Limits {
     /// A plan comes over the network: nothing in it may reach past a buffer.
     fn check(&self, plan: &StepPlan) -> Result<()> {
-        let refuse = |what: String| Err(Error::Plan { step: plan.step.0, what });
         let rows = plan.rows();
         if rows == 0 || rows > MAX_ROWS {
-            return refuse(format!("it has {rows} rows, allowed are 1 to {MAX_ROWS}"));
+            return Err(refused(plan, format!("it has {rows} rows, allowed are 1 to {MAX_ROWS}")));
         }
         for slice in &plan.slices {
             if let Some(what) = self.fault(slice) {
-                return refuse(format!("sequence {}: {what}", slice.seq));
+                return Err(refused(plan, format!("sequence {}: {what}", slice.seq)));
             }
         }
         Ok(())
@@ -131,7 +179,9 @@ impl Limits {
         if end > self.max_context {
             return above("positions up to", &end, self.max_context);
         }
-        if let Some(id) = slice.tokens.iter().find(|&&id| id as usize >= self.vocabulary) {
+        if let Tokens::Ids(ids) = &slice.tokens
+            && let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocabulary)
+        {
             return above("token id", id, self.vocabulary - 1);
         }
         if let Some(block) = slice.blocks.iter().find(|block| block.0 as usize >= self.kv_blocks) {
@@ -146,6 +196,20 @@ impl Limits {
         }
         None
     }
+}
+
+fn refused(plan: &StepPlan, what: String) -> Error {
+    Error::Plan { step: plan.step.0, what }
+}
+
+fn tokens(plan: &StepPlan) -> Vec<Token> {
+    let slices = plan.slices.iter();
+    slices
+        .flat_map(|slice| match &slice.tokens {
+            Tokens::Ids(ids) => ids.iter().copied().map(Token::Id).collect(),
+            Tokens::LastSampled => vec![Token::LastSampled(slice.slot.0)],
+        })
+        .collect()
 }
 
 fn batch(plan: &StepPlan) -> Batch {
@@ -165,7 +229,8 @@ fn sampled_rows(plan: &StepPlan) -> Vec<SampledRow> {
         end += slice.tokens.len();
         if let Some(Sampling { params, position }) = slice.sampling {
             let SamplingParams { temperature, top_k, top_p, seed } = params;
-            rows.push(SampledRow { row: end - 1, draw: Draw { temperature, top_k, top_p, seed, position } });
+            let draw = Draw { temperature, top_k, top_p, seed, position };
+            rows.push(SampledRow { row: end - 1, slot: plan.keep_sampled.then_some(slice.slot.0), draw });
         }
     }
     rows

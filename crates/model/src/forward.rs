@@ -1,17 +1,18 @@
 //! The forward pass of Yi (LLaMA's architecture), written once over [`Backend`] and [`Collective`].
 //!
 //! Every rank runs the same sequence of ops on its own units; the partial sums of the embedding, `o_proj` and
-//! `down_proj` meet in `tree_reduce`, and the logits of sampled rows are gathered on rank 0. The residual stream and all
-//! sums are f32; what enters a matrix or attention is of the compute dtype.
+//! `down_proj` meet in `tree_reduce`, and the logits of sampled rows are gathered on rank 0, which tells the others what it chose if
+//! later steps may go on with that unseen. The residual stream and all sums are f32; what enters a matrix or attention is of the compute dtype.
 
 use std::ops::Range;
 
 use comm::Collective;
 use engine::{Unit, units};
-use kernels::{Backend, Batch, Choice, DType, Partial, SampledRow, Step, Tree};
+use kernels::{Backend, Batch, CHOSEN_COLS, Choice, DType, KvShape, Partial, SampledRow, Step, Token, Tree};
 
 use crate::config::Config;
 use crate::error::Result;
+use crate::source::StepSize;
 use crate::weights::{Weights, ffn_width};
 
 /// The rank that gets the logits and samples.
@@ -34,8 +35,8 @@ pub(crate) struct Layout<'a> {
     /// The units of every rank.
     pub(crate) ranges: &'a [Range<usize>],
     pub(crate) dtype: DType,
-    /// Rows of the largest step, if its activations are to be taken at once.
-    pub(crate) rows: Option<usize>,
+    /// If the activations of the largest step are to be taken at once.
+    pub(crate) largest_step: Option<StepSize>,
 }
 
 /// What the forward pass needs to know of the config and of this rank's share.
@@ -56,9 +57,9 @@ struct Dims {
     vocab_counts: Vec<usize>,
 }
 
-/// Buffers for up to `rows` rows, reused by every step and layer.
+/// Buffers for steps of up to `size`, reused by every step and layer.
 struct Activations<B: Backend> {
-    rows: usize,
+    size: StepSize,
     /// The residual stream.
     residual: B::Buffer,
     /// What the last reduction gave, not yet added to the residual.
@@ -76,11 +77,13 @@ struct Activations<B: Backend> {
     last_reduced: B::Buffer,
     logits: B::Buffer,
     all_logits: B::Buffer,
+    /// What was chosen from them.
+    chosen: B::Buffer,
 }
 
 impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
-    /// `ranges`: the units of every rank of the group. Activations for steps of `rows` rows (if given; larger steps take more
-    /// later) are taken before `kv` sizes the KV cache by what is left.
+    /// Activations for the largest step (if given; larger ones take more later) are taken before `kv` sizes the KV cache by what is
+    /// left.
     pub(crate) fn new(
         mut backend: B,
         collective: C,
@@ -89,29 +92,31 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
     ) -> Result<Self> {
         let dims = Dims::new(layout.config, layout.ranges, collective.rank(), layout.dtype);
-        let activations = layout.rows.map(|rows| Activations::allocate(&backend, &dims, rows)).transpose()?;
+        let padded = |StepSize { rows, sampled }| StepSize {
+            rows: backend.padded_rows(rows),
+            sampled: backend.padded_rows(sampled),
+        };
+        let size = layout.largest_step.map(padded);
+        let activations = size.map(|size| Activations::allocate(&backend, &dims, size)).transpose()?;
         let kv = kv(&mut backend)?;
         Ok(Self { backend, collective, weights, kv, dims, activations })
     }
 
     /// A step of `batch`, of which some rows are sampled.
-    pub(crate) fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
-        self.backend.step(ids, batch, sampled)
+    pub(crate) fn step(&self, tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+        self.backend.step(tokens, batch, sampled)
     }
 
-    /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows.
+    /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows; all ranks keep
+    /// those that later steps may ask for. Steps before it may still run.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
-        self.reserve(step.rows)?;
-        self.collective.check()?;
+        self.collective.begin_step()?;
+        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(()) };
-        let samples = collective.rank() == SAMPLING_RANK && !step.sampled.is_empty();
         backend.run(step, collective.can_be_recorded(), |backend| {
             forward(backend, collective, weights, kv, dims, a, step)?;
-            if samples {
-                backend.sample(step, &a.all_logits)?;
-            }
-            Ok(())
+            choose(backend, collective, a, step)
         })
     }
 
@@ -122,9 +127,19 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         Ok(choices)
     }
 
+    /// Whether [`Self::choices`] would not wait.
+    pub(crate) fn choices_are_there(&mut self) -> Result<bool> {
+        if self.backend.choices_are_there()? {
+            return Ok(true);
+        }
+        // Nobody waits in the backend, where the collective would look after the other ranks.
+        self.collective.check()?;
+        Ok(false)
+    }
+
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
     pub(crate) fn logits(&mut self, step: &Step) -> Result<Vec<Vec<f32>>> {
-        self.reserve(step.rows)?;
+        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
         let Self { backend, collective, weights, kv, dims, activations } = self;
         let Some(a) = activations else { return Ok(Vec::new()) };
         // These ops are not those of `begin`.
@@ -140,13 +155,29 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         Ok(logits)
     }
 
-    /// Makes room for steps of up to `rows` rows.
-    pub(crate) fn reserve(&mut self, rows: usize) -> Result<()> {
-        if self.activations.as_ref().is_none_or(|a| a.rows < rows) {
+    /// Makes room for steps of up to `size`.
+    fn reserve(&mut self, size: StepSize) -> Result<()> {
+        let had = self.activations.as_ref().map(|a| a.size);
+        if had.is_none_or(|had| had.rows < size.rows || had.sampled < size.sampled) {
             self.backend.reset();
+            let size = StepSize {
+                rows: had.map_or(0, |had| had.rows).max(size.rows),
+                // Batches grow one by one, and memory must not move while ranks wait for each other in a step.
+                sampled: had.map_or(0, |had| had.sampled).max(size.sampled.next_power_of_two().max(64)),
+            };
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
-            self.activations = Some(Activations::allocate(&self.backend, &self.dims, rows)?);
+            self.activations = Some(Activations::allocate(&self.backend, &self.dims, size)?);
+        }
+        Ok(())
+    }
+
+    /// Replaces the KV cache by one of `blocks` blocks of zeros. Where there is no room for it, one block is left.
+    pub(crate) fn resize_kv(&mut self, shape: KvShape, blocks: usize) -> Result<()> {
+        // The old one goes before the new one comes, so that both need not fit.
+        self.kv = self.backend.kv_cache(shape, 1)?;
+        if blocks > 1 {
+            self.kv = self.backend.kv_cache(shape, blocks)?;
         }
         Ok(())
     }
@@ -190,7 +221,7 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
     for (table, partial) in weights.embedding.iter().zip(&mut a.partials) {
         backend.embed(step, table, &mut partial.sum)?;
     }
-    collective.tree_reduce(tree, len, &a.partials, &mut a.residual)?;
+    add_partials(collective, tree, len, &mut a.partials, &mut a.residual)?;
 
     for (index, layer) in weights.layers.iter().enumerate() {
         let norm = &layer.attention_norm;
@@ -203,14 +234,14 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
         backend.rope_write_kv(step, &a.qkv, &a.rope, index, kv, &mut a.q)?;
         backend.attend(step, &a.q, index, kv, scale, &mut a.attended)?;
         backend.linear_partials(rows, &a.attended, &layer.o, first_unit, tree, &mut a.partials)?;
-        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+        add_partials(collective, tree, len, &mut a.partials, &mut a.reduced)?;
 
         let norm = &layer.ffn_norm;
         backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
         backend.linear(rows, &a.normed, &layer.gate_up, &mut a.gate_up)?;
         backend.silu_mul(rows, &a.gate_up, &dims.ffn_widths, &mut a.activated)?;
         backend.linear_partials(rows, &a.activated, &layer.down, first_unit, tree, &mut a.partials)?;
-        collective.tree_reduce(tree, len, &a.partials, &mut a.reduced)?;
+        add_partials(collective, tree, len, &mut a.partials, &mut a.reduced)?;
     }
 
     if step.sampled.is_empty() {
@@ -223,6 +254,44 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
     backend.add_rms_norm(count, x, residual, &weights.norm, dims.eps, &mut a.normed)?;
     backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
     collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
+    Ok(())
+}
+
+/// The sum of all units' partial sums, in `out`. A rank that holds the whole tree has it already: the buffers only change places.
+fn add_partials<B, C: Collective<B>>(
+    collective: &mut C,
+    tree: Tree,
+    len: usize,
+    partials: &mut [Partial<B>],
+    out: &mut B,
+) -> Result<()> {
+    if let ([whole], 1) = (&mut *partials, collective.size()) {
+        std::mem::swap(&mut whole.sum, out);
+        return Ok(());
+    }
+    Ok(collective.tree_reduce(tree, len, partials, out)?)
+}
+
+/// Samples from `all_logits`, and has all ranks keep what later steps may ask for.
+fn choose<B: Backend, C: Collective<B::Buffer>>(
+    backend: &mut B,
+    collective: &mut C,
+    a: &mut Activations<B>,
+    step: &Step,
+) -> Result<()> {
+    if step.sampled.is_empty() {
+        return Ok(());
+    }
+    let samples = collective.rank() == SAMPLING_RANK;
+    if samples {
+        backend.sample(step, &a.all_logits, &mut a.chosen)?;
+    }
+    if step.keeps() && collective.size() > 1 {
+        collective.broadcast(SAMPLING_RANK, step.sampled_rows * CHOSEN_COLS, &mut a.chosen)?;
+        if !samples {
+            backend.keep(step, &a.chosen)?;
+        }
+    }
     Ok(())
 }
 
@@ -254,13 +323,15 @@ impl Dims {
 }
 
 impl<B: Backend> Activations<B> {
-    fn allocate(backend: &B, dims: &Dims, rows: usize) -> Result<Self> {
+    fn allocate(backend: &B, dims: &Dims, size: StepSize) -> Result<Self> {
+        let StepSize { rows, sampled } = size;
         let f32 = |cols| backend.buffer(DType::F32, rows, cols);
+        let sampled = |cols| backend.buffer(DType::F32, sampled, cols);
         let compute = |cols| backend.buffer(dims.dtype, rows, cols);
         let ffn: usize = dims.ffn_widths.iter().sum();
         let own_vocab = dims.vocab_counts[dims.rank];
         Ok(Self {
-            rows,
+            size,
             residual: f32(dims.hidden)?,
             reduced: f32(dims.hidden)?,
             partials: dims
@@ -276,10 +347,11 @@ impl<B: Backend> Activations<B> {
             attended: compute(dims.head_cols)?,
             gate_up: f32(2 * ffn)?,
             activated: compute(ffn)?,
-            last_residual: f32(dims.hidden)?,
-            last_reduced: f32(dims.hidden)?,
-            logits: f32(own_vocab)?,
-            all_logits: f32(dims.vocab_counts.iter().sum())?,
+            last_residual: sampled(dims.hidden)?,
+            last_reduced: sampled(dims.hidden)?,
+            logits: sampled(own_vocab)?,
+            all_logits: sampled(dims.vocab_counts.iter().sum())?,
+            chosen: sampled(CHOSEN_COLS)?,
         })
     }
 }

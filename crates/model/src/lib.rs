@@ -8,6 +8,7 @@ pub mod names;
 
 mod error;
 mod forward;
+mod slots;
 mod source;
 mod weights;
 
@@ -15,4 +16,5 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
-pub use source::{ModelOptions, ModelSource, Report};
+pub use source::{ModelOptions, ModelSource, Report, StepSize};
+pub use weights::readers;

@@ -1,14 +1,14 @@
-//! A model directory with its options: what a worker opens before it is assigned a share, and loads from after.
+//! A model with its options: what a worker opens before it is assigned a share, and loads from after.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::slice;
 use std::time::Duration;
 
 use comm::Collective;
 use engine::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::{BLOCK_TOKENS, Backend, DType, KvShape};
+use kernels::{BLOCK_TOKENS, Backend, DType, KvShape, MAX_STEPS_IN_FLIGHT};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -17,11 +17,11 @@ use crate::error::{Error, Result};
 use crate::executor::{Limits, ModelExecutor};
 use crate::forward::{Layout, Model};
 use crate::names::{LayerTensor, Tensor};
-use crate::weights::Weights;
+use crate::weights::{Origin, RandomWeights, Weights};
 
 /// Raised with every change of a kernel or of the forward pass that changes bits.
 const KERNEL_VERSION: u32 = 1;
-/// Without a limit of its own, the KV cache has room for this many full contexts, memory allowing.
+/// On a device that is shared with other programs, a KV cache has room for this many full contexts, memory allowing.
 const DEFAULT_CONTEXTS: usize = 4;
 
 /// How a model is to be run.
@@ -33,13 +33,24 @@ pub struct ModelOptions {
     pub kv_dtype: DType,
     /// Tokens of context; `None`: what the model was made for.
     pub max_context: Option<usize>,
-    /// Bytes of this rank's KV cache; `None`: four contexts, as far as the device has room.
+    /// Bytes of this rank's KV cache; `None`: on a GPU all that is left, else four contexts, as far as there is room.
     pub kv_memory: Option<u64>,
-    /// Rows of the largest step: activations for it are taken while loading, so that memory cannot run out later. `None`: as
-    /// steps come.
-    pub step_rows: Option<usize>,
+    /// Activations for such a step are taken while loading, so that memory cannot run out later. `None`: as steps come.
+    pub largest_step: Option<StepSize>,
+    /// Steps that are taken before the first of them has ended, 1 to [`MAX_STEPS_IN_FLIGHT`]. With more than one, a GPU need not wait
+    /// for the coordinator in between.
+    pub steps_in_flight: usize,
     /// Draw a progress bar while loading.
     pub progress: bool,
+}
+
+/// How much a step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Tokens that run.
+    pub rows: usize,
+    /// Rows that are sampled from, each of which takes logits over the vocabulary.
+    pub sampled: usize,
 }
 
 /// What a worker tells of its model before it loads weights. Equal on all workers of a group.
@@ -61,13 +72,13 @@ pub struct Report {
     pub fingerprint: String,
 }
 
-/// A model directory whose config and headers have been read and checked.
+/// A model whose config and headers have been read and checked.
 #[derive(Debug)]
 pub struct ModelSource {
-    dir: PathBuf,
+    name: String,
     options: ModelOptions,
     config: Config,
-    checkpoint: Checkpoint,
+    origin: Origin,
     /// Hash of what tells this model from others.
     identity: String,
 }
@@ -76,16 +87,19 @@ impl ModelSource {
     /// Opens a model directory; reads no more than the config, the headers and the norm weights.
     pub fn open(dir: &Path, options: ModelOptions) -> Result<Self> {
         let config = Config::load(dir)?;
-        if let Some(asked) = options.max_context
-            && (asked == 0 || asked > config.max_positions)
-        {
-            let limit = config.max_positions;
-            return Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")));
-        }
+        check_options(&options, &config)?;
         let checkpoint = Checkpoint::open(dir, &config)?;
         let identity = identity(&config, &checkpoint)?;
         let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-        Ok(Self { dir, options, config, checkpoint, identity })
+        let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+        Ok(Self { name, options, config, origin: Origin::Checkpoint(checkpoint), identity })
+    }
+
+    /// A model of random weights, of which there are no files: for measuring shapes. Projections are quantised as the config says.
+    pub fn random(name: &str, config: Config, options: ModelOptions) -> Result<Self> {
+        check_options(&options, &config)?;
+        let origin = Origin::Random(RandomWeights::new(&config));
+        Ok(Self { name: name.to_owned(), options, config, origin, identity: "random".to_owned() })
     }
 
     /// The config.
@@ -97,7 +111,7 @@ impl ModelSource {
     pub fn report(&self, path: &str) -> Report {
         let dtype = |dtype| if dtype == DType::F32 { "f32" } else { "bf16" };
         Report {
-            name: self.dir.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned()),
+            name: self.name.clone(),
             vocabulary: self.config.shape.vocab as u32,
             max_context: self.max_context() as u32,
             units: self.config.shape.kv_heads as u32,
@@ -131,16 +145,19 @@ impl ModelSource {
         let weights = Weights::load(
             &backend,
             &self.config,
-            &self.checkpoint,
+            &self.origin,
             &units,
             held.clone(),
             dtype,
-            &mut || bar.inc(1),
+            &mut |bytes, all| {
+                bar.set_length(all);
+                bar.set_position(bytes);
+            },
         )?;
         bar.finish_and_clear();
 
         let kv_shape = self.kv_shape(held.len());
-        let layout = Layout { config: &self.config, ranges, dtype, rows: self.options.step_rows };
+        let layout = Layout { config: &self.config, ranges, dtype, largest_step: self.options.largest_step };
         let mut kv_blocks = 0;
         let model = Model::new(backend, collective, weights, &layout, |backend| {
             kv_blocks = self.kv_blocks(backend, kv_shape)?;
@@ -152,7 +169,7 @@ impl ModelSource {
             kv_blocks,
             block_size: BLOCK_TOKENS,
         };
-        Ok(ModelExecutor::new(model, limits))
+        Ok(ModelExecutor::new(model, kv_shape, limits, &self.options))
     }
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
@@ -177,8 +194,8 @@ impl ModelSource {
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
             None => {
-                let wanted = DEFAULT_CONTEXTS * self.max_context().div_ceil(BLOCK_TOKENS);
-                (wanted as u64).min(backend.kv_budget()? / block_bytes)
+                let enough = DEFAULT_CONTEXTS * self.max_context().div_ceil(BLOCK_TOKENS);
+                backend.kv_budget(block_bytes.saturating_mul(enough as u64))? / block_bytes
             }
         };
         match u32::try_from(blocks) {
@@ -194,16 +211,34 @@ impl ModelSource {
     }
 
     fn progress_bar(&self, held: &Range<usize>) -> ProgressBar {
-        let bar = ProgressBar::new(Weights::<kernels::Cpu>::parts(&self.config) as u64);
+        let bar = ProgressBar::no_length();
         if !self.options.progress {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
-        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {elapsed}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        {
             bar.set_style(style);
         }
         bar.set_message(format!("loading units {}..{}", held.start, held.end));
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
+    }
+}
+
+fn check_options(options: &ModelOptions, config: &Config) -> Result<()> {
+    let steps = options.steps_in_flight;
+    if !(1..=MAX_STEPS_IN_FLIGHT).contains(&steps) {
+        return Err(Error::Option(format!(
+            "--steps-in-flight {steps}: allowed are 1 to {MAX_STEPS_IN_FLIGHT}"
+        )));
+    }
+    let limit = config.max_positions;
+    match options.max_context {
+        Some(asked) if asked == 0 || asked > limit => {
+            Err(Error::Option(format!("--max-context {asked}: this model allows 1 to {limit}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use auth::Secret;
 use cluster::registry::Registry;
+use comm::CollectiveChoice;
 use kernels::CudaOptions;
 use model::ModelOptions;
 
@@ -19,7 +20,12 @@ pub enum Device {
         threads: usize,
     },
     /// A GPU.
-    Cuda(CudaOptions),
+    Cuda {
+        /// How it is used.
+        options: CudaOptions,
+        /// How it exchanges with those of the other ranks.
+        collective: CollectiveChoice,
+    },
 }
 
 /// Where a worker finds its coordinator.

@@ -44,6 +44,9 @@ pub enum WorkerError {
     /// The coordinator could not prove itself.
     #[error("the coordinator at {0} does not know this worker's secret")]
     Secret(String),
+    /// The way between GPUs that was asked for is not open.
+    #[error("cannot connect the GPUs")]
+    Connect(#[source] comm::Error),
     /// This rank's share does not load.
     #[error("cannot load the model")]
     Load(#[source] model::Error),

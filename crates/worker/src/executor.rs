@@ -1,24 +1,29 @@
-//! The executor thread: loads a share, then runs one plan after the other.
+//! The executor thread: loads a share, then runs plans in order, beginning each as soon as the share takes it.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc as blocking;
+use std::sync::mpsc::{self as blocking, TryRecvError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use cluster::Assignment;
 use comm::AbortHandle;
 use engine::{StepOutput, StepPlan};
-use model::Executor;
+use model::{Executor, StepSize};
 use tokio::sync::mpsc;
 use tracing::debug_span;
 
 use crate::load::Load;
 
+/// How long the thread looks without pause for a step's end or a plan, and how long it pauses then: little beside a step.
+const AWAKE: Duration = Duration::from_micros(100);
+const NAP: Duration = Duration::from_micros(20);
+
 /// What the thread tells; its channel ends when the thread does.
 #[derive(Debug)]
 pub(crate) enum Progress {
     /// Weights are loaded and the collective has formed.
-    Ready { kv_blocks: usize, weight_bytes: u64 },
+    Ready { kv_blocks: usize, weight_bytes: u64, steps_in_flight: usize, largest_step: Option<StepSize> },
     /// A step was run; its output where this rank samples.
     Ran(Option<StepOutput>),
     /// The share could not be loaded.
@@ -31,7 +36,7 @@ pub(crate) enum Progress {
 #[derive(Debug)]
 pub(crate) struct ExecutorThread {
     plans: blocking::Sender<StepPlan>,
-    /// One entry for each plan, and the coordinator sends the next plan after the output.
+    /// One entry for each plan, and the coordinator sends no more plans than are taken before an output.
     progress: mpsc::UnboundedReceiver<Progress>,
     abort: AbortOnDrop,
     thread: JoinHandle<()>,
@@ -62,14 +67,14 @@ impl ExecutorThread {
                 Ok(executor) => executor,
                 Err(error) => return tell(Progress::LoadFailed(error)),
             };
-            tell(Progress::Ready { kv_blocks: executor.kv_blocks(), weight_bytes: executor.weight_bytes() });
-            while let Ok(plan) = inbox.recv()
-                && !raised.is_aborted()
-            {
-                match step(&mut executor, &plan) {
-                    Ok(output) => tell(Progress::Ran(output)),
-                    Err(error) => return tell(Progress::StepFailed(error)),
-                }
+            tell(Progress::Ready {
+                kv_blocks: executor.kv_blocks(),
+                weight_bytes: executor.weight_bytes(),
+                steps_in_flight: executor.steps_in_flight(),
+                largest_step: executor.largest_step(),
+            });
+            if let Err(error) = run(&mut executor, &inbox, &raised, tell) {
+                tell(Progress::StepFailed(error));
             }
         })?;
         Ok(Self { plans, progress, abort: AbortOnDrop(abort), thread })
@@ -95,8 +100,60 @@ impl ExecutorThread {
     }
 }
 
-fn step(executor: &mut impl Executor, plan: &StepPlan) -> Result<Option<StepOutput>, model::Error> {
+/// Runs what comes until nothing more can come or the flag is raised.
+fn run(
+    executor: &mut impl Executor,
+    inbox: &blocking::Receiver<StepPlan>,
+    raised: &AbortHandle,
+    tell: impl Fn(Progress),
+) -> Result<(), model::Error> {
+    let mut in_flight = 0;
+    let mut patience = Patience::default();
+    while !raised.is_aborted() {
+        if in_flight > 0 && executor.is_ready()? {
+            tell(Progress::Ran(executor.poll()?));
+            in_flight -= 1;
+            patience = Patience::default();
+            continue;
+        }
+        let plan = if in_flight == 0 {
+            inbox.recv().map_err(|_| TryRecvError::Disconnected)
+        } else if in_flight < executor.steps_in_flight() {
+            inbox.try_recv()
+        } else {
+            Err(TryRecvError::Empty)
+        };
+        match plan {
+            Ok(_) if raised.is_aborted() => {}
+            Ok(plan) => {
+                launch(executor, &plan)?;
+                in_flight += 1;
+                patience = Patience::default();
+            }
+            Err(TryRecvError::Empty) => patience.turn(),
+            Err(TryRecvError::Disconnected) => break,
+        }
+    }
+    Ok(())
+}
+
+fn launch(executor: &mut impl Executor, plan: &StepPlan) -> Result<(), model::Error> {
     let _span = debug_span!("step", epoch = %plan.epoch, step = %plan.step, rows = plan.rows()).entered();
-    executor.launch(plan)?;
-    executor.poll()
+    executor.launch(plan)
+}
+
+/// A wait for either of two things, a step's end or a plan: awake for a moment, then looking from time to time.
+#[derive(Default)]
+struct Patience {
+    since: Option<Instant>,
+}
+
+impl Patience {
+    fn turn(&mut self) {
+        if self.since.get_or_insert_with(Instant::now).elapsed() < AWAKE {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(NAP);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use comm::CollectiveChoice;
 use kernels::CudaOptions;
 
 use crate::{WorkerConfig, WorkerError};
@@ -14,6 +15,7 @@ pub(crate) use self::built_in::run;
 pub(crate) async fn run(
     _: WorkerConfig,
     _: CudaOptions,
+    _: CollectiveChoice,
     _: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
     kernels::gpus().map(drop).map_err(WorkerError::Device)
@@ -22,26 +24,29 @@ pub(crate) async fn run(
 #[cfg(feature = "cuda")]
 mod built_in {
     use cluster::Assignment;
-    use comm::cuda::StagedCollective;
-    use comm::{AbortHandle, TcpTransport};
+    use comm::cuda::{ConnectOptions, connect};
+    use comm::{AbortHandle, Collective};
+    use kernels::cuda::Buffer;
     use kernels::{Backend, Cuda};
     use model::ModelExecutor;
     use tracing::{info, warn};
 
     use super::*;
-    use crate::load::{Load, Site, ranges};
+    use crate::load::{FORM_LIMIT, Load, Site, ranges};
     use crate::{identity, serve_until};
 
-    /// Shares on a GPU; ranks over TCP.
+    /// Shares on a GPU; ranks over what connects the GPUs.
     struct CudaLoad {
         site: Site,
         options: CudaOptions,
+        collective: CollectiveChoice,
     }
 
     /// Serves until `shutdown`; see [`crate::run`].
     pub(crate) async fn run(
         config: WorkerConfig,
         options: CudaOptions,
+        collective: CollectiveChoice,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), WorkerError> {
         // Opened here for its errors and its kernels, which are compiled now; the executor thread opens it for good.
@@ -54,17 +59,22 @@ mod built_in {
         let site = Site::open(&config, gpu.path())?;
         drop(gpu);
         let identity = identity(config, &site).await?;
-        serve_until(&identity, CudaLoad { site, options }, shutdown).await
+        serve_until(&identity, CudaLoad { site, options, collective }, shutdown).await
     }
 
     impl Load for CudaLoad {
-        type Executor = ModelExecutor<Cuda, StagedCollective<TcpTransport>>;
+        type Executor = ModelExecutor<Cuda, Box<dyn Collective<Buffer>>>;
 
         fn load(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Executor, model::Error> {
             let ranges = ranges(assignment);
             let transport = self.site.form(assignment, abort)?;
             let gpu = Cuda::open(self.options.clone())?;
-            let collective = StagedCollective::new(&gpu, transport, ranges.clone())?;
+            let options = ConnectOptions {
+                choice: self.collective,
+                deterministic: self.options.deterministic,
+                limit: FORM_LIMIT,
+            };
+            let collective = connect(&gpu, transport, ranges.clone(), options)?;
             let mut executor = self.site.source.executor(gpu, &ranges, collective)?;
             info!(memory = %executor.backend_mut().memory_report()?, "loaded");
             Ok(executor)

@@ -45,7 +45,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
             let identity = identity(config, &site).await?;
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
         }
-        Device::Cuda(options) => gpu::run(config, options, shutdown).await,
+        Device::Cuda { options, collective } => gpu::run(config, options, collective, shutdown).await,
     }
 }
 

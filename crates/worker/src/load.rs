@@ -12,7 +12,7 @@ use model::{Executor, ModelExecutor, ModelSource};
 use crate::{WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
-const FORM_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
 
 /// Builds executors. It goes to the executor thread; what it builds never leaves that.
 pub(crate) trait Load: Send + Sync + 'static {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
-use cluster::{Assignment, decode_plan};
+use cluster::{Assignment, MAX_STEPS_IN_FLIGHT, decode_plan};
 use engine::Epoch;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -20,8 +20,8 @@ use crate::executor::{ExecutorThread, Progress};
 use crate::join::{Joined, is_refusal, send};
 use crate::load::Load;
 
-/// Outputs on their way up. One step is in flight at a time.
-const OUTPUTS_BUFFERED: usize = 4;
+/// Outputs on their way up: more than there are steps in flight, so that nothing waits here.
+const OUTPUTS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize;
 /// How long a worker that leaves waits for the coordinator to take note.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Longer reasons are cut: the protocol limits them.
@@ -193,10 +193,17 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
     /// News of the executor thread.
     async fn report(&mut self, epoch: Epoch, progress: Option<Progress>) -> Result<(), End> {
         match progress {
-            Some(Progress::Ready { kv_blocks, weight_bytes }) => {
-                info!(%epoch, kv_blocks, weight_bytes, "loaded");
-                let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
-                let ready = Ready { epoch: Some(epoch.into()), kv_blocks, weight_bytes };
+            Some(Progress::Ready { kv_blocks, weight_bytes, steps_in_flight, largest_step }) => {
+                info!(%epoch, kv_blocks, weight_bytes, steps_in_flight, ?largest_step, "loaded");
+                let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                let ready = Ready {
+                    epoch: Some(epoch.into()),
+                    kv_blocks: number(kv_blocks),
+                    weight_bytes,
+                    steps_in_flight: number(steps_in_flight),
+                    step_rows: largest_step.map_or(0, |size| number(size.rows)),
+                    sampled_rows: largest_step.map_or(0, |size| number(size.sampled)),
+                };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;
             }
@@ -211,11 +218,16 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
             }
             Some(Progress::LoadFailed(error)) => {
                 self.fail(epoch, &error.to_string()).await;
-                // Another rank's trouble passes; a share that does not load now does not load later.
-                if !matches!(error, model::Error::Collective(_)) {
-                    self.farewell().await;
-                    return Err(End::Final(WorkerError::Load(error)));
-                }
+                let end = match error {
+                    model::Error::Collective(error @ comm::Error::Unavailable { .. }) => {
+                        WorkerError::Connect(error)
+                    }
+                    // Another rank's trouble passes; a share that does not load now does not load later.
+                    model::Error::Collective(_) => return Ok(()),
+                    error => WorkerError::Load(error),
+                };
+                self.farewell().await;
+                return Err(End::Final(end));
             }
             Some(Progress::StepFailed(error)) => self.fail(epoch, &error.to_string()).await,
             None => self.fail(epoch, "the executor thread panicked").await,

@@ -1,5 +1,6 @@
 //! A worker against a coordinator that the test plays, message by message.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,8 +16,8 @@ use cluster::proto::{
 use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{Assignment, Member, ModelReport, PROTOCOL, Session, WorkerId, encode_plan};
 use comm::AbortHandle;
-use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
-use model::Executor;
+use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens};
+use model::{Executor, StepSize};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -36,12 +37,15 @@ struct FakeLoad {
     failures: Mutex<Vec<model::Error>>,
     /// Steps last until they are aborted.
     stuck: bool,
+    /// Two steps are taken, and the first ends when the second has begun.
+    ahead: bool,
 }
 
 struct FakeExecutor {
     alive: Arc<AtomicUsize>,
     abort: Option<AbortHandle>,
-    ended: Option<StepOutput>,
+    steps_in_flight: usize,
+    running: VecDeque<StepOutput>,
 }
 
 impl Load for FakeLoad {
@@ -52,11 +56,20 @@ impl Load for FakeLoad {
             return Err(error);
         }
         assert_eq!(self.alive.fetch_add(1, Ordering::SeqCst), 0, "the share before is still there");
-        Ok(FakeExecutor { alive: self.alive.clone(), abort: self.stuck.then_some(abort), ended: None })
+        Ok(FakeExecutor {
+            alive: self.alive.clone(),
+            abort: self.stuck.then_some(abort),
+            steps_in_flight: if self.ahead { 2 } else { 1 },
+            running: VecDeque::new(),
+        })
     }
 }
 
 impl Executor for FakeExecutor {
+    fn steps_in_flight(&self) -> usize {
+        self.steps_in_flight
+    }
+
     fn launch(&mut self, plan: &StepPlan) -> Result<(), model::Error> {
         if let Some(abort) = &self.abort {
             while !abort.is_aborted() {
@@ -66,12 +79,22 @@ impl Executor for FakeExecutor {
         }
         let token = |slice: &SeqSlice| SampledToken { seq: slice.seq, id: slice.start, logprob: 0.0 };
         let tokens = plan.slices.iter().map(token).collect();
-        self.ended = Some(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
+        assert!(self.running.len() < self.steps_in_flight, "more steps than it takes");
+        self.running.push_back(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
         Ok(())
     }
 
     fn poll(&mut self) -> Result<Option<StepOutput>, model::Error> {
-        Ok(self.ended.take())
+        assert_eq!(self.running.len(), self.steps_in_flight, "it would wait");
+        Ok(self.running.pop_front())
+    }
+
+    fn is_ready(&mut self) -> Result<bool, model::Error> {
+        Ok(self.running.len() == self.steps_in_flight)
+    }
+
+    fn largest_step(&self) -> Option<StepSize> {
+        Some(StepSize { rows: 40, sampled: 9 })
     }
 
     fn kv_blocks(&self) -> usize {
@@ -224,7 +247,18 @@ impl JoinWire {
     }
 
     async fn ready(&mut self, counter: u64) {
-        let ready = Ready { epoch: Some(epoch(counter).into()), kv_blocks: 17, weight_bytes: 1 << 40 };
+        self.ready_for(counter, 1).await;
+    }
+
+    async fn ready_for(&mut self, counter: u64, steps_in_flight: u32) {
+        let ready = Ready {
+            epoch: Some(epoch(counter).into()),
+            kv_blocks: 17,
+            weight_bytes: 1 << 40,
+            steps_in_flight,
+            step_rows: 40,
+            sampled_rows: 9,
+        };
         assert_eq!(self.hear().await, Up::Ready(ready));
     }
 }
@@ -233,6 +267,13 @@ impl StepsWire {
     async fn plan(&self, counter: u64, step: u64) {
         let frame = StepFrame { plan: encode_plan(&plan(counter, step)) };
         self.down.send(Ok(frame)).await.expect("the worker listens");
+    }
+
+    async fn output(&mut self, counter: u64, step: u64) {
+        let reply = self.up.message().await.expect("no status").expect("a reply");
+        let tokens = vec![SampledToken { seq: SeqId(3), id: 9, logprob: 0.0 }];
+        let output = StepOutput { epoch: epoch(counter), step: StepId(step), tokens };
+        assert_eq!(reply.message, Some(step_reply::Message::Output(output.into())));
     }
 }
 
@@ -264,11 +305,11 @@ fn plan(counter: u64, step: u64) -> StepPlan {
         seq: SeqId(3),
         slot: SlotId(0),
         start: 9,
-        tokens: vec![1],
+        tokens: Tokens::Ids(vec![1]),
         blocks: vec![BlockId(0)],
         sampling: None,
     };
-    StepPlan { epoch: epoch(counter), step: StepId(step), slices: vec![slice] }
+    StepPlan { epoch: epoch(counter), step: StepId(step), keep_sampled: false, slices: vec![slice] }
 }
 
 #[tokio::test]
@@ -280,10 +321,30 @@ async fn plans_of_the_own_epoch_are_run() {
     let mut steps = scene.attached(&session, 1).await;
     steps.plan(0, 0).await;
     steps.plan(1, 1).await;
-    let reply = steps.up.message().await.expect("no status").expect("a reply");
-    let tokens = vec![SampledToken { seq: SeqId(3), id: 9, logprob: 0.0 }];
-    let output = StepOutput { epoch: epoch(1), step: StepId(1), tokens };
-    assert_eq!(reply.message, Some(step_reply::Message::Output(output.into())));
+    steps.output(1, 1).await;
+}
+
+#[tokio::test]
+async fn a_step_begins_while_the_one_before_it_runs() {
+    let mut scene = Scene::start(FakeLoad { ahead: true, ..FakeLoad::default() }).await;
+    let (mut wire, session) = scene.welcome().await;
+    for counter in 1..4 {
+        wire.assign(counter).await;
+        wire.ready_for(counter, 2).await;
+        let mut steps = scene.attached(&session, counter).await;
+        // All at once, and one by one.
+        for step in 0..3 {
+            steps.plan(counter, step).await;
+        }
+        for step in 0..6 {
+            steps.output(counter, step).await;
+            if step > 0 {
+                steps.plan(counter, step + 2).await;
+            }
+        }
+        // The seventh step is in flight, and will not end: leaving does not wait for it.
+        wire.say(Down::Abandon(epoch(counter).into())).await;
+    }
 }
 
 #[tokio::test]

@@ -1,16 +1,19 @@
 //! Ranks as threads of one process, whose GPUs read each other's memory, or that share one GPU.
 
-use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::cuda::{Buffer, Missed, OneShot};
+use kernels::cuda::{Board, Buffer, Mailbox, OneShot};
 use kernels::{Cuda, Partial, Tree};
 
+use super::direct::lost_by;
 use super::meeting::{Call, Meeting};
 use crate::collective::{AbortHandle, Collective, Error, Result};
 use crate::ranges::Ranges;
+
+const LATE: &str =
+    "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
 
 /// A place in a group, for the thread that is to be this rank. What it becomes there does not leave that thread.
 #[derive(Debug)]
@@ -36,8 +39,8 @@ impl Drop for LocalGpuSeat {
 ///
 /// Kernels wait for each other on the device, so all ranks must be able to run at once. What makes the driver wait for a whole
 /// device (freeing memory, loading a kernel) must therefore not fall between one rank's launch and another's: the threads meet
-/// before they launch, and again after. A recorded call does not meet; between the steps that are replayed nothing of the kind
-/// happens. Drop this before other memory of the device is freed, so that the others see it go. Several ranks on one device need a hardware
+/// before they launch, and again after. A recorded call does not meet; within a step that is replayed nothing of the kind
+/// happens, and before the next step begins they meet once more. Drop this before other memory of the device is freed, so that the others see it go. Several ranks on one device need a hardware
 /// queue each: set `CUDA_DEVICE_MAX_CONNECTIONS=32` for more than four.
 #[derive(Debug)]
 pub struct LocalGpu {
@@ -70,10 +73,10 @@ impl LocalGpuSeat {
         limit: Duration,
     ) -> Result<LocalGpu> {
         let ranges = Ranges::new(ranges, self.meeting.size())?;
-        let board = || Ok(OneShot::board(cuda)?);
+        let board = || Ok(Board::new(cuda)?);
         let deadline = Instant::now() + limit;
         let (mailboxes, board) =
-            self.meeting.join(self.rank, OneShot::mailbox(cuda)?, board, &abort, deadline)?;
+            self.meeting.join(self.rank, Mailbox::new(cuda)?, board, &abort, deadline)?;
         let (rank, told) = (self.rank, Arc::downgrade(&board));
         abort.on_abort(move || {
             if let Some(board) = told.upgrade() {
@@ -138,6 +141,20 @@ impl Collective<Buffer> for LocalGpu {
         })
     }
 
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        self.call(Call::Broadcast { root, len }, |it| {
+            it.ranges.check_broadcast(root)?;
+            Ok(it.one_shot.broadcast(root, len, x)?)
+        })
+    }
+
+    fn begin_step(&mut self) -> Result<()> {
+        self.check()?;
+        let met = self.seat.meeting.meet(self.seat.rank, Call::Step, &self.abort);
+        self.lost = met.is_err();
+        met
+    }
+
     fn can_be_recorded(&self) -> bool {
         true
     }
@@ -148,14 +165,7 @@ impl Collective<Buffer> for LocalGpu {
         }
         let Some(missed) = self.one_shot.missed() else { return Ok(()) };
         self.lost = true;
-        Err(match missed {
-            Missed::Aborted => Error::Aborted,
-            Missed::Left(rank) => Error::Lost { rank, source: ErrorKind::ConnectionAborted.into() },
-            Missed::Late(rank) => {
-                let what = "its kernel did not run in time; with several ranks on one GPU, CUDA_DEVICE_MAX_CONNECTIONS=32 may help";
-                Error::Lost { rank, source: io::Error::new(ErrorKind::TimedOut, what) }
-            }
-        })
+        Err(lost_by(missed, LATE))
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -19,8 +19,14 @@ pub(crate) enum Call {
         root: usize,
         elements: usize,
     },
+    Broadcast {
+        root: usize,
+        len: usize,
+    },
     /// The kernel of the call before is on its way.
     Begun,
+    /// So is everything of the steps before.
+    Step,
 }
 
 /// One for each group.

@@ -87,6 +87,22 @@ impl<T: Transport> Collective<Buffer> for StagedCollective<T> {
         })
     }
 
+    fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        let Self { mesh, own, .. } = self;
+        mesh.call(|mesh| {
+            mesh.ranges().check_broadcast(root)?;
+            if mesh.transport().size() == 1 {
+                return Ok(());
+            }
+            let sends = mesh.transport().rank() == root;
+            if sends {
+                own.load(std::iter::once(&*x), len)?;
+            }
+            mesh.hand_out(root, own.floats(len)?)?;
+            if sends { Ok(()) } else { Ok(own.store(len, x)?) }
+        })
+    }
+
     /// Only where there is nobody to wait for.
     fn can_be_recorded(&self) -> bool {
         self.mesh.transport().size() == 1

@@ -43,6 +43,8 @@ pub(crate) trait Kind {
     fn join(end: Self::End, ranges: &[Range<usize>]) -> Result<(Self::Site, Self::Collective)>;
     fn buffer(site: &Self::Site, values: &[f32]) -> Self::Buffer;
     fn values(buffer: &Self::Buffer) -> Vec<f32>;
+    /// Waits for calls that only began work.
+    fn settle(_: &Self::Site) {}
 }
 
 /// A kind of transport.

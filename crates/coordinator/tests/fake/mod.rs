@@ -14,7 +14,7 @@ use cluster::proto::{
     step_reply,
 };
 use cluster::{Assignment, ModelReport, PROTOCOL, Session, WorkerId, decode_plan};
-use engine::{Epoch, SampledToken, SeqSlice, StepOutput, StepPlan};
+use engine::{Epoch, SampledToken, SeqSlice, SlotId, StepOutput, StepPlan, Tokens};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -63,6 +63,8 @@ pub(crate) struct Fake {
     pub(crate) stale_outputs: bool,
     /// Says this instead of loading.
     pub(crate) load_failure: Option<String>,
+    /// Steps that it takes before it has answered the first of them.
+    pub(crate) steps_in_flight: u32,
     /// In the first epoch, steps from this one on are not answered.
     pub(crate) hold_from: Option<u64>,
     /// Added to every sampled id.
@@ -92,6 +94,8 @@ struct Member {
     rank: usize,
     /// Token ids by block and offset.
     kv: HashMap<(u32, u32), u32>,
+    /// By slot, of this epoch.
+    last_sampled: HashMap<SlotId, u32>,
 }
 
 impl Fake {
@@ -104,6 +108,7 @@ impl Fake {
             heartbeats: true,
             stale_outputs: false,
             load_failure: None,
+            steps_in_flight: 1,
             hold_from: None,
             distort: 0,
             plans: None,
@@ -141,7 +146,18 @@ impl Fake {
         send(&up, Up::Proof(session.worker_proof())).await;
         let Down::Welcome(welcome) = receive(&mut down).await? else { panic!("no welcome") };
         let id = WorkerId(welcome.worker_id);
-        Ok(Member { fake: self, id, session, service, up, down, steps: None, rank: 0, kv: HashMap::new() })
+        Ok(Member {
+            fake: self,
+            id,
+            session,
+            service,
+            up,
+            down,
+            steps: None,
+            rank: 0,
+            kv: HashMap::new(),
+            last_sampled: HashMap::new(),
+        })
     }
 }
 
@@ -179,7 +195,16 @@ impl Member {
         }
         self.rank = rank;
         self.kv.clear();
-        send(&self.up, Up::Ready(Ready { epoch: Some(epoch.into()), kv_blocks: 100, weight_bytes: 1 })).await;
+        self.last_sampled.clear();
+        let ready = Ready {
+            epoch: Some(epoch.into()),
+            kv_blocks: 100,
+            weight_bytes: 1,
+            steps_in_flight: self.fake.steps_in_flight,
+            step_rows: 0,
+            sampled_rows: 0,
+        };
+        send(&self.up, Up::Ready(ready)).await;
         let (outputs, replies) = mpsc::channel(4);
         let proof = self.session.attach_proof(self.id, epoch);
         let attach = Attach { worker_id: self.id.0, epoch: Some(epoch.into()), proof };
@@ -212,12 +237,18 @@ impl Member {
     /// Writes a slice into the blocks, and hashes everything up to its end.
     fn run(&mut self, slice: &SeqSlice) -> Option<SampledToken> {
         let place = |position: u32| (slice.blocks[(position / BLOCK_SIZE) as usize].0, position % BLOCK_SIZE);
-        for (position, id) in (slice.start..).zip(&slice.tokens) {
-            self.kv.insert(place(position), *id);
+        let ids = match &slice.tokens {
+            Tokens::Ids(ids) => ids.clone(),
+            Tokens::LastSampled => vec![self.last_sampled[&slice.slot]],
+        };
+        for (position, id) in (slice.start..).zip(ids) {
+            self.kv.insert(place(position), id);
         }
         slice.sampling.map(|sampling| {
             let prefix: Vec<u32> = (0..sampling.position).map(|position| self.kv[&place(position)]).collect();
-            SampledToken { seq: slice.seq, id: next_token(&prefix) + self.fake.distort, logprob: -1.0 }
+            let id = next_token(&prefix);
+            self.last_sampled.insert(slice.slot, id);
+            SampledToken { seq: slice.seq, id: id + self.fake.distort, logprob: -1.0 }
         })
     }
 }

@@ -32,7 +32,7 @@ CUresult refuse_captured(Stream& stream) {
 void abandon_capture(Stream& stream) {
     std::shared_ptr<Capture> capture = stream.capture;
     capture->active = false;
-    for (Stream* other : handles<Stream>().all()) {
+    for (const std::shared_ptr<Stream>& other : handles<Stream>().all()) {
         if (other->capture == capture) {
             other->capture = nullptr;
         }

@@ -43,6 +43,7 @@ struct Function;
 
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;
+using CUmemGenericAllocationHandle = unsigned long long;
 using CUcontext = emulator::Device*;  // a device has one context, the primary one
 using CUstream = emulator::Stream*;
 using CUevent = emulator::Event*;
@@ -81,6 +82,8 @@ enum CUdevice_attribute : int {
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR = 81,
     CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR = 82,
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
+    CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED = 102,
+    CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103,
     CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR = 106,
     CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK = 111,
     CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED = 115,
@@ -145,6 +148,31 @@ struct CUlaunchConfig {
 struct CUuuid {
     char bytes[16];
 };
+
+// Memory that is made, mapped and shared in steps of its own: see mapping.cpp.
+const int CU_MEM_ALLOCATION_TYPE_PINNED = 1;
+const int CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1;
+const int CU_MEM_LOCATION_TYPE_DEVICE = 1;
+const int CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3;
+struct CUmemLocation {
+    int type;
+    int id;
+};
+struct CUmemAllocationProp {
+    int type;
+    int handle_types;
+    CUmemLocation location;
+    void* windows_only;
+    unsigned char flags[8];
+};
+struct CUmemAccessDesc {
+    CUmemLocation location;
+    int flags;
+};
+
+// For tests, before the first call to the driver: the number of devices (unless PHALANX_EMULATOR_DEVICES tells it), and whether
+// streams run beside the threads that submit to them (unless PHALANX_EMULATOR_LATE is set).
+EXPORT void emulator_configure(int devices, int beside);
 
 // For the other emulated libraries: runs `work(data)` on the stream, or records it while the stream is captured;
 // `drop(data)` is called when it will not be run any more.

@@ -13,6 +13,7 @@ namespace emulator {
 
 static std::atomic<bool> initialised{false};
 static thread_local Device* current = nullptr;
+static size_t configured_devices = 1;
 
 static size_t environment_number(const char* name, size_t otherwise) {
     const char* text = std::getenv(name);
@@ -31,7 +32,7 @@ static size_t environment_number(const char* name, size_t otherwise) {
 static std::vector<std::unique_ptr<Device>>& devices() {
     static std::vector<std::unique_ptr<Device>> all = [] {
         std::vector<std::unique_ptr<Device>> made;
-        size_t count = environment_number("PHALANX_EMULATOR_DEVICES", 1);
+        size_t count = environment_number("PHALANX_EMULATOR_DEVICES", configured_devices);
         for (size_t i = 0; i < count; i++) {
             made.push_back(std::make_unique<Device>());
             made.back()->ordinal = static_cast<int>(i);
@@ -54,6 +55,14 @@ bool Device::reserve(size_t bytes) {
 
 void Device::give_back(size_t bytes) {
     used_bytes -= bytes;
+}
+
+void configure_devices(int count) {
+    configured_devices = static_cast<size_t>(count);
+}
+
+bool shares_memory() {
+    return environment_number("PHALANX_EMULATOR_SHARES", 1) != 0;
 }
 
 int device_count() {
@@ -139,7 +148,11 @@ static bool attribute_value(int attribute, int ordinal, int* value) {
         case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
         case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED:
         case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
+        case CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED:
             *value = 1;
+            return true;
+        case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED:
+            *value = shares_memory();
             return true;
         default:
             // Other features (cooperative launches, managed memory, ...) are not there.

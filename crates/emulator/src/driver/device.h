@@ -22,8 +22,11 @@ struct Device {
     void give_back(size_t bytes);
 };
 
-// PHALANX_EMULATOR_DEVICES, 1 by default.
+// PHALANX_EMULATOR_DEVICES; by default what was configured, else 1.
 int device_count();
+void configure_devices(int count);
+// Whether memory can be shared with other processes: unless PHALANX_EMULATOR_SHARES is 0.
+bool shares_memory();
 // Null if there is none of this number, or before cuInit.
 Device* find_device(CUdevice ordinal);
 // Null if the calling thread has none.

@@ -37,7 +37,7 @@ EXPORT CUresult cuEventRecord(CUevent event, CUstream handle) {
         return stream->capture->valid ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     }
     auto mark = std::make_shared<Mark>();
-    mark->stream = stream;
+    mark->stream = stream->shared_from_this();
     event->mark = mark;
     event->capture = nullptr;
     return submit(*stream, [mark] {
@@ -65,6 +65,9 @@ EXPORT CUresult cuEventSynchronize(CUevent event) {
 }
 
 EXPORT CUresult cuEventQuery(CUevent event) {
+    if (handles<Event>().knows(event) && mode() == Mode::Beside && event->capture == nullptr && event->mark != nullptr) {
+        return event->mark->done ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+    }
     return cuEventSynchronize(event);
 }
 

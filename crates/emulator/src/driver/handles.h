@@ -1,4 +1,5 @@
-// The handles of one kind that are valid. An unknown handle is an error instead of a crash.
+// The handles of one kind that are valid. An unknown handle is an error instead of a crash. What one thread destroys may be in use by
+// another that waits for the whole device, so objects are shared.
 #pragma once
 
 #include <memory>
@@ -13,7 +14,7 @@ template <class T> class Handles {
     T* add(std::unique_ptr<T> object) {
         T* handle = object.get();
         std::lock_guard<std::mutex> lock(mutex_);
-        objects_[handle] = std::move(object);
+        objects_[handle] = std::shared_ptr<T>(std::move(object));
         return handle;
     }
 
@@ -23,29 +24,29 @@ template <class T> class Handles {
     }
 
     // Null if it is not valid (any more).
-    std::unique_ptr<T> remove(T* handle) {
+    std::shared_ptr<T> remove(T* handle) {
         std::lock_guard<std::mutex> lock(mutex_);
         auto found = objects_.find(handle);
         if (found == objects_.end()) {
             return nullptr;
         }
-        std::unique_ptr<T> object = std::move(found->second);
+        std::shared_ptr<T> object = std::move(found->second);
         objects_.erase(found);
         return object;
     }
 
-    std::vector<T*> all() {
+    std::vector<std::shared_ptr<T>> all() {
         std::lock_guard<std::mutex> lock(mutex_);
-        std::vector<T*> handles;
+        std::vector<std::shared_ptr<T>> objects;
         for (auto& object : objects_) {
-            handles.push_back(object.first);
+            objects.push_back(object.second);
         }
-        return handles;
+        return objects;
     }
 
   private:
     std::mutex mutex_;
-    std::unordered_map<T*, std::unique_ptr<T>> objects_;
+    std::unordered_map<T*, std::shared_ptr<T>> objects_;
 };
 
 // Never destroyed: threads may still use handles while the program ends.

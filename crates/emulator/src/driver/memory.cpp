@@ -134,7 +134,7 @@ bool release(uintptr_t address, bool host) {
     {
         std::lock_guard<std::mutex> lock(mutex);
         auto found = allocations().find(address);
-        if (found == allocations().end() || (found->second.device == nullptr) != host) {
+        if (found == allocations().end() || (found->second.device == nullptr) != host || found->second.mapped) {
             return false;
         }
         allocation = found->second;
@@ -145,6 +145,17 @@ bool release(uintptr_t address, bool host) {
         allocation.device->give_back(allocation.reserved);
     }
     return true;
+}
+
+void add_mapped(const Allocation& allocation) {
+    ask_about_addresses(describe_address);
+    std::lock_guard<std::mutex> lock(mutex);
+    allocations()[allocation.address] = allocation;
+}
+
+void remove_mapped(uintptr_t address) {
+    std::lock_guard<std::mutex> lock(mutex);
+    allocations().erase(address);
 }
 
 bool find_allocation(uintptr_t address, size_t bytes, Allocation* found) {

@@ -16,6 +16,7 @@ struct Allocation {
     Device* device = nullptr;  // null for the host's
     void* mapping = nullptr;   // with the guard pages
     size_t mapping_bytes = 0;
+    bool mapped = false;       // by cuMemMap, so `release` has no part in it
 };
 
 // Memory whose end (rounded up to 256 bytes) is the beginning of a page that cannot be touched; all bytes are 0xFF, which
@@ -24,6 +25,10 @@ void* allocate(Device* device, size_t bytes);
 
 // False if `address` is not the beginning of an allocation of `host` or device memory.
 bool release(uintptr_t address, bool host);
+
+// Memory that cuMemMap made accessible, until it is taken out again.
+void add_mapped(const Allocation& allocation);
+void remove_mapped(uintptr_t address);
 
 // The allocation that holds all of `bytes` bytes from `address` on, by value. False if there is none.
 bool find_allocation(uintptr_t address, size_t bytes, Allocation* found);

@@ -95,7 +95,7 @@ EXPORT CUresult cuModuleLoadDataEx(CUmodule* handle, const void* image, unsigned
 }
 
 EXPORT CUresult cuModuleUnload(CUmodule handle) {
-    std::unique_ptr<Module> module = handles<Module>().remove(handle);
+    std::shared_ptr<Module> module = handles<Module>().remove(handle);
     if (module == nullptr) {
         return CUDA_ERROR_INVALID_HANDLE;
     }

@@ -11,25 +11,35 @@
 
 namespace emulator {
 
-bool runs_late() {
-    static const bool late = [] {
-        const char* value = std::getenv("PHALANX_EMULATOR_LATE");
-        return value != nullptr && std::strcmp(value, "1") == 0;
-    }();
-    return late;
+static bool beside_by_default = false;
+
+void configure_beside(bool beside) {
+    beside_by_default = beside;
+}
+
+static bool is_set(const char* variable) {
+    const char* value = std::getenv(variable);
+    return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+Mode mode() {
+    static const Mode chosen = is_set("PHALANX_EMULATOR_LATE")                           ? Mode::Late
+                               : beside_by_default || is_set("PHALANX_EMULATOR_BESIDE") ? Mode::Beside
+                                                                                         : Mode::AtOnce;
+    return chosen;
 }
 
 static Stream* default_stream(Device* device) {
     static std::mutex mutex;
-    static std::map<Device*, Stream*>* streams = new std::map<Device*, Stream*>();
+    static auto* streams = new std::map<Device*, std::shared_ptr<Stream>>();
     std::lock_guard<std::mutex> lock(mutex);
-    Stream*& stream = (*streams)[device];
+    std::shared_ptr<Stream>& stream = (*streams)[device];
     if (stream == nullptr) {
-        stream = new Stream();
+        stream = std::make_shared<Stream>();
         stream->device = device;
         stream->legacy = true;
     }
-    return stream;
+    return stream.get();
 }
 
 Stream* find_stream(CUstream handle) {
@@ -38,6 +48,51 @@ Stream* find_stream(CUstream handle) {
         return current_device() != nullptr ? default_stream(current_device()) : nullptr;
     }
     return handles<Stream>().knows(handle) ? handle : nullptr;
+}
+
+// A stream's own thread.
+static void run_beside(Stream& stream) {
+    std::unique_lock<std::mutex> lock(stream.queue_mutex);
+    while (true) {
+        stream.changed.wait(lock, [&] { return stream.ending || !stream.queue.empty(); });
+        if (stream.queue.empty()) {
+            return;
+        }
+        Work work = std::move(stream.queue.front());
+        stream.queue.pop_front();
+        stream.busy = true;
+        lock.unlock();
+        work();
+        work = nullptr;
+        lock.lock();
+        stream.busy = false;
+        stream.changed.notify_all();
+    }
+}
+
+// Tells a stream's thread that there is work; starts it for the first. With `queue_mutex`.
+static void wake(Stream& stream) {
+    if (!stream.runner.joinable()) {
+        stream.runner = std::thread([&stream] { run_beside(stream); });
+    }
+    stream.changed.notify_all();
+}
+
+// Waits for a stream's thread until `done`, or until it has nothing to do.
+static void await(Stream& stream, const std::function<bool()>& done) {
+    std::unique_lock<std::mutex> lock(stream.queue_mutex);
+    stream.changed.wait(lock, [&] { return done() || (stream.queue.empty() && !stream.busy); });
+}
+
+Stream::~Stream() {
+    {
+        std::lock_guard<std::mutex> lock(queue_mutex);
+        ending = true;
+        changed.notify_all();
+    }
+    if (runner.joinable()) {
+        runner.join();
+    }
 }
 
 CUresult submit(Stream& stream, Work work) {
@@ -50,9 +105,12 @@ CUresult submit(Stream& stream, Work work) {
     }
     if (stream.legacy) {
         finish_blocking(stream.device);
-    } else if (runs_late()) {
+    } else if (mode() != Mode::AtOnce) {
         std::lock_guard<std::mutex> lock(stream.queue_mutex);
         stream.queue.push_back(std::move(work));
+        if (mode() == Mode::Beside) {
+            wake(stream);
+        }
         return CUDA_SUCCESS;
     }
     std::lock_guard<std::recursive_mutex> lock(stream.running);
@@ -76,6 +134,9 @@ static bool run_one(Stream& stream) {
 }
 
 void finish(Stream& stream) {
+    if (mode() == Mode::Beside && !stream.legacy) {
+        return await(stream, [] { return false; });
+    }
     std::lock_guard<std::recursive_mutex> lock(stream.running);
     while (run_one(stream)) {
     }
@@ -85,13 +146,16 @@ void finish(Mark& mark) {
     if (mark.done) {
         return;
     }
+    if (mode() == Mode::Beside && !mark.stream->legacy) {
+        return await(*mark.stream, [&] { return mark.done.load(); });
+    }
     std::lock_guard<std::recursive_mutex> lock(mark.stream->running);
     while (!mark.done && run_one(*mark.stream)) {
     }
 }
 
 static void finish_streams(Device* device, bool all) {
-    for (Stream* stream : handles<Stream>().all()) {
+    for (const std::shared_ptr<Stream>& stream : handles<Stream>().all()) {
         if (stream->device == device && stream->capture == nullptr && (all || stream->blocking())) {
             finish(*stream);
         }
@@ -109,6 +173,11 @@ void finish_blocking(Device* device) {
 }  // namespace emulator
 
 using namespace emulator;
+
+EXPORT void emulator_configure(int devices, int beside) {
+    configure_devices(devices);
+    configure_beside(beside != 0);
+}
 
 EXPORT CUresult emulator_submit(CUstream handle, void (*work)(void*), void (*drop)(void*), void* data) {
     std::shared_ptr<void> owned(data, drop);
@@ -185,7 +254,12 @@ EXPORT CUresult cuStreamSynchronize(CUstream handle) {
     return CUDA_SUCCESS;
 }
 
-// Work makes progress when it is asked for, so whoever asks until it is done need not ask twice.
+// Work that is not run beside makes progress when it is asked for, so whoever asks until it is done need not ask twice.
 EXPORT CUresult cuStreamQuery(CUstream handle) {
+    Stream* stream = find_stream(handle);
+    if (stream != nullptr && mode() == Mode::Beside && stream->capture == nullptr) {
+        std::lock_guard<std::mutex> lock(stream->queue_mutex);
+        return stream->queue.empty() && !stream->busy ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+    }
     return cuStreamSynchronize(handle);
 }

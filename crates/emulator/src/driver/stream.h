@@ -1,11 +1,13 @@
 // Streams: what is submitted to one runs in order, either at once on the calling thread, or (PHALANX_EMULATOR_LATE=1) not
-// before somebody waits for it, or (during a capture) whenever the recorded graph is launched.
+// before somebody waits for it, or (PHALANX_EMULATOR_BESIDE=1) on a thread of the stream's own, or (during a capture) whenever
+// the recorded graph is launched.
 //
 // Running late shows what reads a result, or overwrites an input, without having waited. It cannot be used where the host
-// waits for a kernel without a call to the driver.
+// waits for a kernel without a call to the driver. Running beside is what a GPU does: the host goes on while a kernel waits.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -36,7 +38,7 @@ struct Capture {
     Graph graph;
 };
 
-struct Stream {
+struct Stream : std::enable_shared_from_this<Stream> {
     Device* device = nullptr;
     unsigned flags = 0;
     int priority = 0;
@@ -47,12 +49,19 @@ struct Stream {
     std::deque<Work> queue;
     std::shared_ptr<Capture> capture;
 
+    // Of a stream that runs beside, with `queue_mutex`.
+    std::condition_variable changed;
+    std::thread runner;
+    bool busy = false;
+    bool ending = false;
+
     bool blocking() const { return (flags & 1) == 0; }
+    ~Stream();
 };
 
 // The point in a stream that an event was last recorded at.
 struct Mark {
-    Stream* stream = nullptr;
+    std::shared_ptr<Stream> stream;
     std::atomic<bool> done{false};
     unsigned long long nanoseconds = 0;
 };
@@ -85,7 +94,9 @@ CUresult refuse_while_capturing();
 // For calls that ask about or wait for a stream, which a capture forbids.
 CUresult refuse_captured(Stream& stream);
 
-// Does work wait until it is asked for?
-bool runs_late();
+// When the work of a stream runs.
+enum class Mode { AtOnce, Late, Beside };
+Mode mode();
+void configure_beside(bool beside);
 
 }  // namespace emulator

@@ -41,8 +41,7 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr pointer) {
         return refused;
     }
     finish_all(allocation.device);
-    release(pointer, false);
-    return CUDA_SUCCESS;
+    return release(pointer, false) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 EXPORT CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
@@ -138,7 +137,7 @@ static CUresult copy(void* target, const void* source, size_t bytes, CUstream ha
     if (stream == nullptr) {
         return CUDA_ERROR_INVALID_HANDLE;
     }
-    if (stream->capture == nullptr && runs_late()) {
+    if (stream->capture == nullptr && mode() != Mode::AtOnce) {
         // The driver reads pageable memory before it returns, and has written it when it returns.
         if (!is_page_locked(source, bytes)) {
             auto read = std::make_shared<std::vector<char>>(static_cast<const char*>(source),

@@ -20,7 +20,7 @@ inline void land(const PendingCopy& copy) {
 // `global` null: zeros.
 inline void start_copy(void* shared, const void* global) {
     PendingCopy copy = {shared, global, here()->copy_group};
-    if (lands_at_once()) {
+    if (lands_at_once(here()->block->order)) {
         land(copy);
     } else {
         here()->copies.push_back(copy);

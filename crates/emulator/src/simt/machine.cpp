@@ -175,11 +175,12 @@ static void begin_block(Machine& m) {
     }
 
     static thread_local std::vector<u32> warps, lanes;
-    fill_order(warps, static_cast<u32>(block.warps.size()));
+    block.order = choose_order();
+    fill_order(warps, static_cast<u32>(block.warps.size()), block.order);
     Thread** link = &block.first;
     for (u32 w : warps) {
         u32 size = std::min(count - w * WARP, WARP);
-        fill_order(lanes, size);
+        fill_order(lanes, size, block.order);
         Warp& warp = block.warps[w];
         warp.live = warp.ready = size == WARP ? ~0u : (1u << size) - 1;
         warp.first = m.threads[w * WARP + lanes[0]].get();

@@ -27,14 +27,12 @@ struct Dim3 {
     u64 count() const { return static_cast<u64>(x) * y * z; }
 };
 
-// In which order the threads of a block run, and when a cp.async lands. PHALANX_EMULATOR_ORDER says which.
+// In which order the threads of a block run, and when a cp.async lands.
 enum class Order {
     Forward,   // ascending; a copy lands when it is waited for
     Reverse,   // descending; a copy lands at once
     Shuffled,  // another order for each block; a copy lands at once or when it is waited for
 };
-
-Order order();
 
 // A place in a kernel's source, for messages. As a default argument it is the place of the call.
 struct Place {
@@ -119,6 +117,7 @@ struct Block {
     Dim3 grid, size, index;
     u8* shared = nullptr;
     u32 shared_bytes = 0;
+    Order order = Order::Forward;
     Thread* first = nullptr;
     Thread* running = nullptr;
     std::vector<Warp> warps;
@@ -163,10 +162,12 @@ void run_grid(const char* kernel, Dim3 grid, Dim3 size, u32 shared_bytes, void (
 void complete(Warp& warp, WarpMeeting& meeting);
 // Goes on with the first thread that can run, from `start` on in the block's order; returns when `self` runs again.
 void run_from(Thread& self, Thread* start);
-// The numbers below `count`, in the order of the environment's choice.
-void fill_order(std::vector<u32>& ranks, u32 count);
+// The order of the next block: PHALANX_EMULATOR_ORDER's, or else one by chance, the same in every run of a program.
+Order choose_order();
+// The numbers below `count`, in this order.
+void fill_order(std::vector<u32>& ranks, u32 count, Order order);
 // Does the copy that starts now land at once?
-bool lands_at_once();
+bool lands_at_once(Order order);
 const char* name_of(Meeting kind);
 // Where on this OS thread `address` would be an overrun: a sentence, or null.
 const char* overrun_at(const void* address);

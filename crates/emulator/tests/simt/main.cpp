@@ -143,16 +143,25 @@ static void rounding() {
     EXPECT(__byte_perm(0x33221100u, 0x77665544u, 0x7250u) == 0x77225500u);
 }
 
-// Some order of threads must give another result than the order of their numbers.
+// A thread gets what another one wrote if that one ran before it. No order is right for all; where none is asked for, blocks take
+// different ones.
 static void missing_barrier() {
-    const u32 blocks = 2;
+    const u32 blocks = 20;
     std::vector<u32> out(blocks * 64);
     EXPECT(emulator_run("wrong_missing_barrier", {blocks}, {64}, 0, out.data()) == EMULATOR_SUCCESS);
-    bool right = true;
-    for (u32 i = 0; i < out.size(); i++) {
-        right = right && out[i] == i / 64 * 64 + 63 - i % 64;
+    u32 ascending = 0, descending = 0;
+    for (u32 block = 0; block < blocks; block++) {
+        u32 right[2] = {0, 0};  // of the lower threads, of the upper ones
+        for (u32 i = 0; i < 64; i++) {
+            right[i / 32] += out[block * 64 + i] == block * 64 + 63 - i;
+        }
+        EXPECT(right[0] + right[1] < 64);
+        ascending += right[0] == 0;
+        descending += right[1] == 0;
     }
-    EXPECT(!right);
+    if (std::getenv("PHALANX_EMULATOR_ORDER") == nullptr) {
+        EXPECT(ascending > 0 && descending > 0);
+    }
 }
 
 int main(int count, char** arguments) {

@@ -1,293 +1,12 @@
-//! The rules of the scheduler under random workloads, with an executor that notices every wrong position or block.
+//! The rules of the scheduler under random workloads, and by example.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod world;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::{BlockId, FinishReason, SamplingParams, Usage};
-
-const VOCABULARY: u32 = 13;
-
-/// What a model without flaw would say: a hash of all tokens so far and of the seed.
-fn next_token(tokens: &[u32], seed: u64) -> u32 {
-    let hash = tokens.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, &token| {
-        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
-    });
-    (hash % u64::from(VOCABULARY)) as u32
-}
-
-/// All tokens of a request that nothing disturbs, and why it ends.
-fn undisturbed(request: &Request, max_context: u32) -> (Vec<u32>, FinishReason) {
-    let mut tokens = request.prompt.clone();
-    let limit =
-        request.prompt.len() + (request.max_tokens as usize).min(max_context as usize - request.prompt.len());
-    loop {
-        let id = next_token(&tokens, request.sampling.seed);
-        tokens.push(id);
-        if request.stop_ids.contains(&id) {
-            return (tokens, FinishReason::Stop);
-        }
-        if tokens.len() == limit {
-            return (tokens, FinishReason::Length);
-        }
-    }
-}
-
-/// The KV of a group: which token of which position of which sequence was put where.
-#[derive(Default)]
-struct Executor {
-    cells: BTreeMap<(BlockId, u32), (SeqId, u32, u32)>,
-}
-
-impl Executor {
-    /// Writes the slices' tokens, then samples from nothing but what the block tables lead to.
-    fn run(&mut self, plan: &StepPlan, block_size: u32) -> StepOutput {
-        let cell = |slice: &SeqSlice, position: u32| {
-            (slice.blocks[(position / block_size) as usize], position % block_size)
-        };
-        for slice in &plan.slices {
-            for (position, &token) in (slice.start..).zip(&slice.tokens) {
-                self.cells.insert(cell(slice, position), (slice.seq, position, token));
-            }
-        }
-        let sampled = plan.slices.iter().filter_map(|slice| Some((slice, slice.sampling?)));
-        let tokens = sampled.map(|(slice, sampling)| {
-            let end = slice.start + slice.tokens.len() as u32;
-            assert_eq!(sampling.position, end);
-            let prefix = (0..end).map(|position| {
-                let (seq, stored, token) = self.cells[&cell(slice, position)];
-                assert_eq!((seq, stored), (slice.seq, position), "somebody else's block");
-                token
-            });
-            let id = next_token(&prefix.collect::<Vec<_>>(), sampling.params.seed);
-            SampledToken { seq: slice.seq, id, logprob: -(end as f32) }
-        });
-        StepOutput { epoch: plan.epoch, step: plan.step, tokens: tokens.collect() }
-    }
-}
-
-/// What a client saw of its request.
-struct Client {
-    request: Request,
-    tokens: Vec<u32>,
-    finished: bool,
-    /// It wants no more.
-    gone: bool,
-}
-
-/// A scheduler with everything around it; checks the rules after every action.
-struct World {
-    scheduler: Scheduler,
-    executor: Executor,
-    in_flight: Option<StepPlan>,
-    clients: BTreeMap<SeqId, Client>,
-    /// Positions of every sequence that were computed since it last began.
-    computed: BTreeMap<SeqId, u32>,
-    outputs: Vec<StepOutput>,
-}
-
-impl World {
-    fn new(config: SchedulerConfig) -> Self {
-        Self {
-            scheduler: Scheduler::new(config, Epoch { term: 1, counter: 0 }),
-            executor: Executor::default(),
-            in_flight: None,
-            clients: BTreeMap::new(),
-            computed: BTreeMap::new(),
-            outputs: Vec::new(),
-        }
-    }
-
-    fn submit(&mut self, request: Request) {
-        if let Ok(seq) = self.scheduler.submit(request.clone()) {
-            let tokens = [request.prompt.as_slice(), request.answered()].concat();
-            let client = Client { tokens, request, finished: false, gone: false };
-            assert!(self.clients.insert(seq, client).is_none(), "an id was used twice");
-        }
-    }
-
-    /// A request of which the client has a part of the answer, from another scheduler.
-    fn resume(&mut self, mut request: Request, answered: usize) {
-        let max_context = self.scheduler.config.max_context;
-        if request.prompt.len() < max_context as usize {
-            let (tokens, _) = undisturbed(&request, max_context);
-            let answer = &tokens[request.prompt.len()..];
-            request.resume = Some(answer[..answered % answer.len()].to_vec());
-        }
-        self.submit(request);
-    }
-
-    fn cancel(&mut self, index: usize) {
-        let live: Vec<SeqId> = self.live().collect();
-        if !live.is_empty() {
-            let seq = live[index % live.len()];
-            self.scheduler.cancel(seq);
-            self.clients.get_mut(&seq).unwrap().gone = true;
-        }
-    }
-
-    fn live(&self) -> impl Iterator<Item = SeqId> {
-        self.clients.iter().filter(|(_, client)| !client.finished && !client.gone).map(|(seq, _)| *seq)
-    }
-
-    /// Returns whether there was anything to plan.
-    fn plan(&mut self) -> bool {
-        let Some(plan) = self.scheduler.plan() else {
-            assert!(self.in_flight.is_some() || self.live().next().is_none(), "a request is stuck");
-            return false;
-        };
-        assert!(self.in_flight.is_none(), "planned with a step in flight");
-        self.check(&plan);
-        self.outputs.push(self.executor.run(&plan, self.scheduler.config.block_size));
-        self.in_flight = Some(plan);
-        true
-    }
-
-    fn check(&mut self, plan: &StepPlan) {
-        let config = &self.scheduler.config;
-        assert_eq!(plan.epoch, self.scheduler.epoch);
-        assert!((1..=config.max_batch_tokens as usize).contains(&plan.rows()), "row budget");
-        let slots: BTreeSet<SlotId> = plan.slices.iter().map(|slice| slice.slot).collect();
-        assert_eq!(slots.len(), plan.slices.len(), "a slot is used twice");
-        assert!(slots.iter().all(|slot| slot.0 < config.max_sequences));
-        let blocks: BTreeSet<BlockId> = plan.slices.iter().flat_map(|slice| slice.blocks.clone()).collect();
-        assert_eq!(
-            blocks.len(),
-            plan.slices.iter().map(|slice| slice.blocks.len()).sum::<usize>(),
-            "shared blocks"
-        );
-        assert!(blocks.iter().all(|block| block.0 < config.blocks));
-        assert!(plan.slices.is_sorted_by(|a, b| a.seq < b.seq), "a sequence is planned twice");
-        for slice in &plan.slices {
-            let client = &self.clients[&slice.seq];
-            assert!(!client.gone && !client.finished);
-            let (start, end) = (slice.start as usize, slice.start as usize + slice.tokens.len());
-            let computed = self.computed.entry(slice.seq).or_default();
-            assert!(slice.start == *computed || slice.start == 0, "a gap or a repetition");
-            *computed = end as u32;
-            assert_eq!(slice.tokens, client.tokens[start..end]);
-            assert_eq!(slice.sampling.is_some(), end == client.tokens.len());
-            assert!(slice.sampling.is_none_or(|sampling| sampling.params == client.request.sampling));
-            assert_eq!(slice.blocks.len(), config.blocks_for(end), "blocks do not cover the slice");
-        }
-        let idle = config.max_batch_tokens as usize - plan.rows();
-        assert!(
-            idle == 0 || self.scheduler.running.iter().all(Running::samples),
-            "{idle} rows could be used"
-        );
-        // Whoever decodes is in every step.
-        for running in self.scheduler.running.iter().filter(|running| running.remaining() == 1) {
-            assert!(
-                plan.slices.iter().any(|slice| slice.seq == running.sequence.id),
-                "a decode was left out"
-            );
-        }
-    }
-
-    fn apply(&mut self) {
-        if self.in_flight.take().is_some() {
-            let output = self.outputs.last().unwrap().clone();
-            let events = self.scheduler.apply(&output).unwrap();
-            self.deliver(events);
-            let live: BTreeSet<SeqId> = self.live().collect();
-            let held = self.scheduler.running.iter().map(|running| running.sequence.id);
-            assert!(held.into_iter().all(|seq| live.contains(&seq)), "a cancelled sequence was not released");
-        }
-    }
-
-    fn deliver(&mut self, events: Vec<Event>) {
-        let max_context = self.scheduler.config.max_context;
-        for event in events {
-            let (Event::Token { seq, .. } | Event::Finished { seq, .. }) = event;
-            let client = self.clients.get_mut(&seq).unwrap();
-            assert!(!client.finished && !client.gone, "an event after the end");
-            let (expected, why) = undisturbed(&client.request, max_context);
-            match event {
-                Event::Token { id, logprob, .. } => {
-                    assert_eq!(logprob, -(client.tokens.len() as f32));
-                    client.tokens.push(id);
-                    assert!(
-                        expected.starts_with(&client.tokens),
-                        "{:?} is no start of {expected:?}",
-                        client.tokens
-                    );
-                }
-                Event::Finished { reason, usage, .. } => {
-                    client.finished = true;
-                    assert_eq!((&client.tokens, reason), (&expected, why));
-                    let prompt = client.request.prompt.len();
-                    let expected = Usage {
-                        prompt_tokens: prompt as u32,
-                        completion_tokens: (expected.len() - prompt) as u32,
-                    };
-                    assert_eq!(usage, expected);
-                }
-            }
-        }
-    }
-
-    /// Outputs that came before are dropped, those of no correct rank are refused; neither changes anything.
-    fn apply_nonsense(&mut self, index: usize) {
-        let before = format!("{:?}", self.scheduler);
-        let current = self.in_flight.as_ref().map(|plan| (plan.epoch, plan.step));
-        if !self.outputs.is_empty() {
-            let output = &self.outputs[index % self.outputs.len()];
-            if current != Some((output.epoch, output.step)) {
-                assert_eq!(self.scheduler.apply(output), Ok(vec![]));
-            }
-        }
-        if self.in_flight.is_some() {
-            let good = self.outputs.last().unwrap();
-            let mut longer = good.clone();
-            longer.tokens.push(SampledToken { seq: SeqId(u64::MAX), id: 0, logprob: 0.0 });
-            assert!(matches!(self.scheduler.apply(&longer), Err(OutputError::Sequences { .. })));
-            if !good.tokens.is_empty() {
-                let at = index % good.tokens.len();
-                let mut other = good.clone();
-                other.tokens[at].seq.0 += 1000;
-                assert!(matches!(self.scheduler.apply(&other), Err(OutputError::Sequences { .. })));
-                let mut shorter = good.clone();
-                shorter.tokens.remove(at);
-                assert!(matches!(self.scheduler.apply(&shorter), Err(OutputError::Sequences { .. })));
-                let mut unknown = good.clone();
-                unknown.tokens[at].id = VOCABULARY;
-                assert!(matches!(self.scheduler.apply(&unknown), Err(OutputError::Token { .. })));
-            }
-        }
-        assert_eq!(before, format!("{:?}", self.scheduler));
-    }
-
-    fn restart(&mut self, blocks: u32) {
-        let config = SchedulerConfig { blocks, ..self.scheduler.config };
-        let epoch = Epoch { counter: self.scheduler.epoch.counter + 1, ..self.scheduler.epoch };
-        self.scheduler.restart(config, epoch);
-        for (seq, error) in self.scheduler.evict_unfit() {
-            let client = self.clients.get_mut(&seq).unwrap();
-            assert!(matches!(error, AdmitError::TooLarge { .. }), "{error}");
-            assert!(self.scheduler.submit(client.request.clone()).is_err(), "it would have fitted");
-            client.gone = true;
-        }
-        self.executor = Executor::default();
-        self.computed.clear();
-        self.in_flight = None;
-    }
-
-    fn check_books(&self) {
-        let Scheduler { pool, running, waiting, free_slots, config, .. } = &self.scheduler;
-        let held: Vec<BlockId> = running.iter().flat_map(|r| r.table.blocks().to_vec()).collect();
-        assert_eq!(held.iter().collect::<BTreeSet<_>>().len(), held.len(), "a block is held twice");
-        assert_eq!(pool.free() + held.len(), config.blocks as usize, "blocks are lost");
-        assert_eq!(free_slots.len() + running.len(), config.slots() as usize, "slots are lost");
-        let order: Vec<SeqId> =
-            running.iter().map(|r| r.sequence.id).chain(waiting.iter().map(|s| s.id)).collect();
-        assert!(order.is_sorted(), "not first come, first served");
-        for slice in self.in_flight.iter().flat_map(|plan| &plan.slices) {
-            let holder = running.iter().find(|r| r.sequence.id == slice.seq);
-            assert_eq!(holder.unwrap().table.blocks(), slice.blocks, "released in flight");
-        }
-    }
-}
+use crate::{SamplingParams, Tokens};
+use world::{VOCABULARY, World};
 
 #[derive(Debug, Clone)]
 enum Action {
@@ -297,7 +16,7 @@ enum Action {
     Plan,
     Apply,
     Nonsense(usize),
-    Restart(u32),
+    Restart(u32, u32),
 }
 
 fn requests() -> impl Strategy<Value = Request> {
@@ -321,20 +40,23 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         20 => Just(Action::Plan),
         20 => Just(Action::Apply),
         2 => any::<usize>().prop_map(Action::Nonsense),
-        1 => (5u32..30).prop_map(Action::Restart),
+        1 => (5u32..30, 1u32..4).prop_map(|(blocks, steps)| Action::Restart(blocks, steps)),
     ];
     prop::collection::vec(action, 1..200)
 }
 
 fn configs() -> impl Strategy<Value = SchedulerConfig> {
-    (5u32..30, 1u32..9, 20u32..70, 1u32..40, 1u32..8).prop_map(
-        |(blocks, block_size, max_context, max_batch_tokens, max_sequences)| SchedulerConfig {
-            blocks,
-            block_size,
-            max_context,
-            vocabulary: VOCABULARY,
-            max_batch_tokens,
-            max_sequences,
+    (5u32..30, 1u32..9, 20u32..70, 1u32..40, 1u32..8, 1u32..4).prop_map(
+        |(blocks, block_size, max_context, max_batch_tokens, max_sequences, steps_in_flight)| {
+            SchedulerConfig {
+                blocks,
+                block_size,
+                max_context,
+                vocabulary: VOCABULARY,
+                max_batch_tokens,
+                max_sequences,
+                steps_in_flight,
+            }
         },
     )
 }
@@ -351,21 +73,19 @@ proptest! {
                 Action::Resume(request, answered) => world.resume(request, answered),
                 Action::Cancel(index) => world.cancel(index),
                 Action::Plan => drop(world.plan()),
-                Action::Apply => world.apply(),
+                Action::Apply => drop(world.apply()),
                 Action::Nonsense(index) => world.apply_nonsense(index),
-                Action::Restart(blocks) => world.restart(blocks),
+                Action::Restart(blocks, steps) => world.restart(blocks, steps),
             }
             world.check_books();
         }
         // Left alone, everything ends, and soon: were each token computed alone, these steps would do.
         let alone: usize = world.clients.values().map(|c| 2 * (c.request.prompt.len() + 30)).sum();
         let mut steps = 0;
-        world.apply();
-        while world.plan() {
-            world.apply();
+        while world.plan() || world.apply() {
             world.check_books();
             steps += 1;
-            prop_assert!(steps <= 40 * alone, "no progress");
+            prop_assert!(steps <= 80 * alone, "no progress");
         }
         prop_assert_eq!(world.live().count(), 0);
         let Load { running, waiting, free_blocks, blocks } = world.scheduler.load();
@@ -380,6 +100,7 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
     vocabulary: VOCABULARY,
     max_batch_tokens: 8,
     max_sequences: 4,
+    steps_in_flight: 1,
 };
 
 fn request(prompt: usize, max_tokens: u32) -> Request {
@@ -395,7 +116,7 @@ fn request(prompt: usize, max_tokens: u32) -> Request {
 /// Sequence, start and rows of every slice of the next step.
 fn shape(world: &mut World) -> Vec<(u64, u32, usize)> {
     assert!(world.plan());
-    let plan = world.in_flight.as_ref().unwrap();
+    let plan = &world.in_flight.back().unwrap().plan;
     plan.slices.iter().map(|slice| (slice.seq.0, slice.start, slice.tokens.len())).collect()
 }
 
@@ -431,7 +152,7 @@ fn the_youngest_makes_room_and_comes_back() {
         world.apply();
         world.plan();
     }
-    assert_eq!(world.in_flight.as_ref().unwrap().slices[0].tokens.len(), 8, "recomputed, as far as rows go");
+    assert_eq!(world.in_flight[0].plan.slices[0].tokens.len(), 8, "recomputed, as far as rows go");
 }
 
 #[test]
@@ -442,10 +163,119 @@ fn a_lost_group_costs_no_token() {
     world.plan();
     world.apply();
     world.plan();
-    let lost = world.outputs.last().unwrap().clone();
-    world.restart(8);
+    let lost = world.in_flight[0].output.clone();
+    world.restart(8, 1);
     assert_eq!(world.scheduler.apply(&lost), Ok(vec![]), "an output of the epoch before");
     assert_eq!(shape(&mut world), [(0, 0, 7), (1, 0, 1)]);
+}
+
+const TWO: SchedulerConfig = SchedulerConfig { steps_in_flight: 2, ..CONFIG };
+
+/// The tokens of every slice of the latest step.
+fn latest(world: &World) -> Vec<Tokens> {
+    world.in_flight.back().unwrap().plan.slices.iter().map(|slice| slice.tokens.clone()).collect()
+}
+
+#[test]
+fn the_next_step_goes_on_with_what_is_being_sampled() {
+    let mut world = World::new(TWO);
+    world.submit(request(3, 9));
+    assert_eq!(shape(&mut world), [(0, 0, 3)]);
+    for position in 3..8 {
+        assert_eq!(shape(&mut world), [(0, position, 1)]);
+        assert_eq!(latest(&world), [Tokens::LastSampled]);
+        assert!(!world.plan(), "two steps are in flight");
+        world.apply();
+    }
+    world.apply();
+    let known = world.clients[&SeqId(0)].tokens[8];
+    assert_eq!(shape(&mut world), [(0, 8, 1)]);
+    assert_eq!(latest(&world), [Tokens::Ids(vec![known])]);
+}
+
+#[test]
+fn a_prompt_is_read_ahead_and_others_join() {
+    let mut world = World::new(TWO);
+    world.submit(request(12, 3));
+    world.submit(request(2, 3));
+    assert_eq!(shape(&mut world), [(0, 0, 8)]);
+    assert_eq!(shape(&mut world), [(0, 8, 4), (1, 0, 2)]);
+    world.apply();
+    assert_eq!(shape(&mut world), [(0, 12, 1), (1, 2, 1)]);
+    assert_eq!(latest(&world), [Tokens::LastSampled, Tokens::LastSampled]);
+}
+
+#[test]
+fn no_step_computes_more_than_the_answer_needs() {
+    for (max_tokens, max_context) in [(2, 100), (100, 5)] {
+        let mut world = World::new(SchedulerConfig { max_context, steps_in_flight: 3, ..CONFIG });
+        world.submit(request(3, max_tokens));
+        assert_eq!([shape(&mut world), shape(&mut world)], [[(0, 0, 3)], [(0, 3, 1)]]);
+        assert!(!world.plan(), "both of its tokens are on their way");
+        world.apply();
+        world.apply();
+        assert!(world.clients[&SeqId(0)].finished);
+    }
+}
+
+/// Two steps in flight, of which the first ends the sequence.
+#[test]
+fn what_is_computed_in_vain_keeps_its_place_until_it_ends() {
+    for cancelled in [false, true] {
+        let mut world = World::new(SchedulerConfig { max_sequences: 1, ..TWO });
+        let stop_ids = if cancelled { vec![] } else { (0..VOCABULARY).collect() };
+        world.submit(Request { stop_ids, ..request(4, 9) });
+        world.submit(request(2, 9));
+        assert_eq!([shape(&mut world), shape(&mut world)], [[(0, 0, 4)], [(0, 4, 1)]]);
+        if cancelled {
+            world.cancel(0);
+        }
+        world.apply();
+        assert_eq!(world.clients[&SeqId(0)].finished, !cancelled);
+        assert!(!world.plan(), "the only slot is in flight");
+        assert_eq!(world.scheduler.load(), Load { running: 1, waiting: 1, free_blocks: 6, blocks: 8 });
+        world.apply();
+        assert_eq!(
+            world.clients[&SeqId(0)].tokens.len(),
+            4 + usize::from(!cancelled),
+            "a token after the end"
+        );
+        assert_eq!(shape(&mut world), [(1, 0, 2)]);
+    }
+}
+
+#[test]
+fn nobody_makes_room_in_flight() {
+    let mut world = World::new(SchedulerConfig { blocks: 4, ..TWO });
+    world.submit(request(4, 9));
+    world.submit(request(4, 6));
+    assert_eq!(shape(&mut world), [(0, 0, 4), (1, 0, 4)]);
+    for position in 4..8 {
+        assert_eq!(shape(&mut world), [(0, position, 1), (1, position, 1)]);
+        world.apply();
+    }
+    assert!(!world.plan(), "the fifth block is not there, and who could give it is in flight");
+    world.apply();
+    assert_eq!(shape(&mut world), [(0, 8, 1)]);
+    assert_eq!(world.scheduler.load(), Load { running: 1, waiting: 1, free_blocks: 1, blocks: 4 });
+}
+
+#[test]
+fn a_group_that_is_lost_with_two_steps_in_flight_costs_no_token() {
+    let mut world = World::new(TWO);
+    world.submit(request(4, 6));
+    world.plan();
+    world.plan();
+    world.apply();
+    world.plan();
+    let lost: Vec<_> = world.in_flight.iter().map(|flight| flight.output.clone()).collect();
+    world.restart(8, 2);
+    for output in lost {
+        assert_eq!(world.scheduler.apply(&output), Ok(vec![]), "an output of the epoch before");
+    }
+    assert_eq!(shape(&mut world), [(0, 0, 5)]);
+    while world.plan() || world.apply() {}
+    assert!(world.clients[&SeqId(0)].finished);
 }
 
 #[test]
@@ -473,6 +303,7 @@ fn limits_of_zero_do_not_panic() {
         vocabulary: 0,
         max_batch_tokens: 0,
         max_sequences: 0,
+        steps_in_flight: 0,
     };
     let mut scheduler = Scheduler::new(zero, Epoch::default());
     assert!(scheduler.submit(request(1, 1)).is_err());

@@ -38,6 +38,10 @@ impl Matrix {
                 let out = memory.shared();
                 pool.for_each(n.div_ceil(PANEL), |_, panel| pack_panel::<f32>(blocks, panel, k, out));
             }
+            DType::Bf16 if all_bf16 => {
+                let out = memory.shared();
+                pool.for_each(n.div_ceil(PANEL), |_, panel| pack_pairs(blocks, panel, k / 2, out));
+            }
             DType::Bf16 => {
                 let out = memory.shared();
                 pool.for_each(n.div_ceil(PANEL), |_, panel| pack_panel::<bf16>(blocks, panel, k, out));
@@ -124,6 +128,51 @@ fn pack_panel<T: Packed>(blocks: &[RowBlock<'_>], panel: usize, k: usize, out: S
                 }
             }
             first_row += block.rows;
+        }
+    }
+}
+
+/// The same for bf16 that stays bf16, of which two lie side by side in rows and in panels: `pairs` of a row are moved as words.
+fn pack_pairs(blocks: &[RowBlock<'_>], panel: usize, pairs: usize, out: Shared<u32>) {
+    for start in (0..pairs).step_by(SPAN / 2) {
+        let end = pairs.min(start + SPAN / 2);
+        let mut first_row = 0;
+        for block in blocks {
+            let rows = panel * PANEL..(panel + 1) * PANEL;
+            for row in rows.start.max(first_row)..rows.end.min(first_row + block.rows) {
+                let source = (row - first_row) * pairs;
+                let (words, _) = block.bytes.as_chunks();
+                for (pair, &word) in (start..end).zip(&words[source + start..source + end]) {
+                    let place = (panel * pairs + pair) * PANEL + row % PANEL;
+                    // SAFETY: inside panel `panel`, which is this task's.
+                    unsafe { *out.at(place) = u32::from_ne_bytes(word) };
+                }
+            }
+            first_row += block.rows;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of f32 numbers that bf16 holds, the panels are those of the same numbers in bf16.
+    #[test]
+    fn pairs_are_packed_as_single_numbers_are() {
+        let pool = Pool::new(2).unwrap();
+        for (rows, k) in [([1, 0], 2), ([40, 25], SPAN + 6), ([31, 33], 2 * SPAN)] {
+            let numbers: Vec<f32> = (0..(rows[0] + rows[1]) * k).map(|i| (i % 251) as f32 - 125.0).collect();
+            let single: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let half: Vec<u8> = numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+            let packed = |bytes: &[u8], dtype: SourceType| {
+                let (a, b) = bytes.split_at(rows[0] * k * dtype.size());
+                let block = |bytes, rows| RowBlock { bytes, dtype, rows, cols: k };
+                let blocks = [block(a, rows[0]), block(b, rows[1])];
+                let matrix = Matrix::pack(&pool, &blocks, rows[0] + rows[1], k, DType::Bf16).unwrap();
+                matrix.memory.as_slice::<bf16>().to_vec()
+            };
+            assert!(packed(&half, SourceType::Bf16) == packed(&single, SourceType::F32), "{rows:?} {k}");
         }
     }
 }

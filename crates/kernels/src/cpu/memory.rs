@@ -66,6 +66,8 @@ pub(crate) unsafe trait Element: Copy + Send + Sync + 'static {}
 // SAFETY: plain numbers.
 unsafe impl Element for u8 {}
 // SAFETY: plain numbers.
+unsafe impl Element for u32 {}
+// SAFETY: plain numbers.
 unsafe impl Element for f32 {}
 // SAFETY: a transparent u16.
 unsafe impl Element for half::bf16 {}

@@ -3,6 +3,7 @@
 use super::buffer::{self, Buffer, KvCache, Table};
 use super::matrix::Matrix;
 use super::record::Course;
+use super::sample::Kept;
 use super::step::{self, Plan};
 use super::transfer::MAX_SAMPLED;
 use super::{Cuda, RESERVE_BYTES, attend, elementwise, linear, matrix, pack, rope, sample};
@@ -10,7 +11,7 @@ use crate::quantized;
 use crate::shape::{self, Dims, KvDims};
 use crate::{
     Backend, Batch, Choice, DType, Error, KvShape, Partial, QuantizedBlock, Result, RowBlock, SampledRow,
-    Step, Tree, WeightFormat,
+    Step, Token, Tree, WeightFormat,
 };
 
 /// Activations and KV are bf16, or results in f32.
@@ -99,7 +100,7 @@ impl Backend for Cuda {
         buffer.row(row)
     }
 
-    fn kv_budget(&self) -> Result<u64> {
+    fn kv_budget(&self, _enough: u64) -> Result<u64> {
         self.staging.borrow_mut().release();
         let (free, total) = self.device.memory()?;
         let allowed = (total as f64 * self.options.memory_utilization) as u64;
@@ -107,14 +108,18 @@ impl Backend for Cuda {
         Ok(allowed.saturating_sub(taken))
     }
 
-    fn step(&self, ids: Vec<u32>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
+    fn step(&self, tokens: Vec<Token>, batch: Batch, sampled: Vec<SampledRow>) -> Step {
         let decodes = step::decodes(&batch.slices, sampled.len());
-        let exact = Step::new(ids, batch, sampled);
+        let exact = Step::new(tokens, batch, sampled);
         if !decodes {
             return exact;
         }
         let rows = step::bucket(exact.rows);
         Step { rows, sampled_rows: rows, ..exact }
+    }
+
+    fn padded_rows(&self, rows: usize) -> usize {
+        step::bucket(rows)
     }
 
     fn run<E: From<Error>>(
@@ -128,29 +133,29 @@ impl Backend for Cuda {
         if self.words.send(&plan.words)? {
             self.records.clear();
         }
-        let recordable = record && plan.decodes && plan.spans <= self.recorded_spans;
+        let recordable = record && self.options.graphs && plan.decodes && plan.spans <= self.recorded_spans;
         let sizes = plan.sizes;
         self.plan = Some(plan);
-        self.samples = false;
+        self.chosen = None;
         let course = if recordable { self.records.course(sizes) } else { Course::Run };
-        let samples = match course {
+        let chosen = match course {
             Course::Run => {
                 body(self)?;
                 // Work space that moved is not where earlier records have it.
                 if self.products.take_moved() | self.attention.get_mut().take_moved() {
                     self.records.clear();
                 }
-                std::mem::take(&mut self.samples)
+                self.chosen.take()
             }
             Course::Record => {
                 let record = self.record(&mut body)?;
                 self.records.keep(sizes, record);
-                self.records.replay(sizes)?.is_some_and(|record| record.samples)
+                self.records.replay(sizes)?.and_then(|record| record.chosen)
             }
-            Course::Replay => self.records.replay(sizes)?.is_some_and(|record| record.samples),
+            Course::Replay => self.records.replay(sizes)?.and_then(|record| record.chosen),
         };
-        if samples {
-            self.choices.fetch(step.sampled.len())?;
+        if let Some(chosen) = chosen {
+            self.choices.fetch(chosen, step.sampled.len())?;
         }
         Ok(())
     }
@@ -161,8 +166,8 @@ impl Backend for Cuda {
 
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {
         shape::embed(step, table.cols, out.dims())?;
-        let ids = self.word(self.plan("embed", step)?.parts.ids);
-        elementwise::embed(&self.device, step.rows, ids, table, out)
+        let tokens = self.word(self.plan("embed", step)?.parts.tokens);
+        elementwise::embed(&self.device, step.rows, tokens, &self.last_sampled, table, out)
     }
 
     fn rms_norm(
@@ -287,19 +292,32 @@ impl Backend for Cuda {
         elementwise::gather_rows(&self.device, step.sampled_rows, rows, x, out)
     }
 
-    fn sample(&mut self, step: &Step, logits: &Buffer) -> Result<()> {
-        shape::sample(step, logits.dims())?;
+    fn sample(&mut self, step: &Step, logits: &Buffer, chosen: &mut Buffer) -> Result<()> {
+        shape::sample(step, logits.dims(), chosen.dims())?;
         if step.sampled_rows > MAX_SAMPLED {
             let detail = format!("{} rows, the limit is {MAX_SAMPLED}", step.sampled_rows);
             return Err(Error::Shape { op: "sample", detail });
         }
-        let draws = self.word(self.plan("sample", step)?.parts.draws);
-        sample::sample(&self.device, step.sampled_rows, logits, draws, self.choices.pointer())?;
-        self.samples = true;
+        let parts = self.plan("sample", step)?.parts;
+        let (draws, slots) = (self.word(parts.draws), self.word(parts.slots));
+        let kept = Kept { rows: step.sampled_rows, slots, chosen, last: &self.last_sampled };
+        sample::sample(&self.device, logits, draws, &kept)?;
+        self.chosen = Some(chosen.pointer());
         Ok(())
+    }
+
+    fn keep(&mut self, step: &Step, chosen: &Buffer) -> Result<()> {
+        shape::keep(step, chosen.dims())?;
+        let slots = self.word(self.plan("keep", step)?.parts.slots);
+        let kept = Kept { rows: step.sampled_rows, slots, chosen, last: &self.last_sampled };
+        sample::keep(&self.device, &kept)
     }
 
     fn choices(&mut self) -> Result<Vec<Choice>> {
         self.choices.take()
+    }
+
+    fn choices_are_there(&mut self) -> Result<bool> {
+        self.choices.have_arrived()
     }
 }

@@ -10,7 +10,7 @@ use cudarc::cublaslt::{result, sys};
 
 use super::device::Device;
 use super::memory::Memory;
-use crate::{Error, Result};
+use crate::{DType, Error, Result};
 
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -29,7 +29,7 @@ pub(crate) struct Blas {
     products: HashMap<Size, Product>,
 }
 
-/// `out[rows, n] = x[rows, k] · W[n, k]ᵀ`: sizes, and elements from one row to the next.
+/// `out[rows, n] = x[rows, k] · W[n, k]ᵀ`: sizes, elements from one row to the next, and the type of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Size {
     pub(crate) rows: usize,
@@ -38,6 +38,7 @@ pub(crate) struct Size {
     pub(crate) x_stride: usize,
     pub(crate) weight_stride: usize,
     pub(crate) out_stride: usize,
+    pub(crate) out_dtype: DType,
 }
 
 /// Descriptions of the operands and the algorithm that the library chose.
@@ -75,7 +76,7 @@ impl Blas {
         Ok(Self { device: device.clone(), handle, workspace, products: HashMap::new() })
     }
 
-    /// `out = x · Wᵀ`; bf16 operands, f32 results, addresses on the device.
+    /// `out = x · Wᵀ`; bf16 operands, sums in f32, addresses on the device.
     ///
     /// # Safety
     /// The operands are as large as `size` says; x and the result begin on a multiple of [`OPERAND_ALIGNMENT`], weights of 256.
@@ -138,7 +139,8 @@ impl Product {
         .map_err(failed)?;
         let weight = layout(bf16, size.k, size.n, size.weight_stride)?;
         let x = layout(bf16, size.k, size.rows, size.x_stride)?;
-        let out = layout(f32, size.n, size.rows, size.out_stride)?;
+        let out_dtype = if size.out_dtype == DType::Bf16 { bf16 } else { f32 };
+        let out = layout(out_dtype, size.n, size.rows, size.out_stride)?;
         let preference = result::create_matmul_pref().map_err(failed)?;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let set = |attribute, value: &[u8]| {

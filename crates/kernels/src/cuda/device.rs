@@ -132,6 +132,12 @@ impl Device {
         self.context.name().map_err(|e| failed("reading the GPU's properties", e))
     }
 
+    /// What tells it from all other GPUs; a part of a GPU (MIG) has one of its own.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16]> {
+        let uuid = result::device::get_uuid(self.context.cu_device());
+        Ok(uuid.map_err(|e| failed("reading the GPU's properties", e))?.bytes.map(|byte| byte as u8))
+    }
+
     /// Multiprocessors.
     pub(crate) fn multiprocessors(&self) -> u32 {
         self.multiprocessors
@@ -195,27 +201,33 @@ impl Device {
         self.wait(&self.stream.record_event(None).map_err(waiting)?)
     }
 
+    /// Likewise, as long as `go_on` says so: whether it has ended.
+    pub(crate) fn synchronize_while(&self, go_on: &mut dyn FnMut() -> bool) -> Result<bool> {
+        let ended = self.stream.record_event(None).map_err(|e| failed("waiting for the GPU", e))?;
+        wait_while(&ended, go_on)
+    }
+
     /// Waits until the device has come to `event`.
     pub(crate) fn wait(&self, event: &CudaEvent) -> Result<()> {
-        let waiting = |e| failed("waiting for the GPU", e);
         // Taken out, so that it may wait itself.
-        let Some(mut look) = self.watcher.take() else { return event.synchronize().map_err(waiting) };
-        let begun = Instant::now();
-        let result = loop {
-            match event.try_is_complete() {
-                Ok(false) => {}
-                Ok(true) => break Ok(()),
-                Err(error) => break Err(waiting(error)),
-            }
-            look();
-            if begun.elapsed() < AWAKE {
-                std::thread::yield_now();
-            } else {
-                std::thread::sleep(NAP);
-            }
+        let Some(mut look) = self.watcher.take() else {
+            return event.synchronize().map_err(|e| failed("waiting for the GPU", e));
         };
+        let result = wait_while(event, &mut || {
+            look();
+            true
+        });
         self.watcher.replace(Some(look));
-        result
+        result.map(drop)
+    }
+
+    /// Whether the device has come to `event`; whoever asks waits for it.
+    pub(crate) fn has_come_to(&self, event: &CudaEvent) -> Result<bool> {
+        if let Some(mut look) = self.watcher.take() {
+            look();
+            self.watcher.replace(Some(look));
+        }
+        event.try_is_complete().map_err(|e| failed("waiting for the GPU", e))
     }
 
     /// Loads a compiled file of kernels.
@@ -280,6 +292,22 @@ impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Device").field("ordinal", &self.context.ordinal()).finish_non_exhaustive()
     }
+}
+
+/// Waits until the device has come to `event`, as long as `go_on` says so: whether it has.
+fn wait_while(event: &CudaEvent, go_on: &mut dyn FnMut() -> bool) -> Result<bool> {
+    let begun = Instant::now();
+    while !event.try_is_complete().map_err(|e| failed("waiting for the GPU", e))? {
+        if !go_on() {
+            return Ok(false);
+        }
+        if begun.elapsed() < AWAKE {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(NAP);
+        }
+    }
+    Ok(true)
 }
 
 /// A kernel's arguments, copied one behind the other.

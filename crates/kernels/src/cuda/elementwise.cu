@@ -5,11 +5,20 @@
 
 static const i32 THREADS = 256;
 
-// out[row] = the table's row of ids[row], or zeros where the id is not one of first_id .. first_id + count.
-// table bf16 [count, cols], out f32 [rows, cols].
-KERNEL(256, 4, embed, (const u32* ids, const u16* table, u32 first_id, u32 count, i32 cols, float* out)) {
-    u32 at = ids[blockIdx.x] - first_id;
-    bool held = ids[blockIdx.x] >= first_id && at < count;
+// A token is an id; or, with this bit, a slot whose last id it is; or, of all ones, none.
+static const u32 LAST_SAMPLED = 0x80000000u;
+static const u32 NO_TOKEN = 0xffffffffu;
+
+// out[row] = the table's row of tokens[row], or zeros where its id is not one of first_id .. first_id + count.
+// last_sampled: an id for each slot. table bf16 [count, cols], out f32 [rows, cols].
+KERNEL(256, 4, embed,
+       (const u32* tokens, const u32* last_sampled, const u16* table, u32 first_id, u32 count, i32 cols, float* out)) {
+    u32 id = tokens[blockIdx.x];
+    if (id >= LAST_SAMPLED && id != NO_TOKEN) {
+        id = last_sampled[id - LAST_SAMPLED];
+    }
+    u32 at = id - first_id;
+    bool held = id >= first_id && at < count;
     const u16* from = table + static_cast<i64>(held ? at : 0) * cols;
     float* to = out + static_cast<i64>(blockIdx.x) * cols;
     for (i32 i = blockIdx.y * THREADS + threadIdx.x; i < cols; i += gridDim.y * THREADS) {

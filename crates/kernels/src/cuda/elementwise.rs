@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::buffer::{Buffer, Table};
 use super::device::{Arguments, Device, Launch};
 use super::fold::MAX_UNITS;
+use super::memory::Memory;
 use crate::{DType, Error, Result};
 
 const THREADS: usize = 256;
@@ -28,9 +29,18 @@ fn whole_rows(rows: usize) -> Launch {
     Launch { grid: (rows as u32, 1), threads: THREADS as u32, shared_bytes: 0 }
 }
 
-pub(crate) fn embed(device: &Device, rows: usize, ids: u64, table: &Table, out: &Buffer) -> Result<()> {
+/// `tokens`: a word for each row (see `step`); `last_sampled`: an id for each slot.
+pub(crate) fn embed(
+    device: &Device,
+    rows: usize,
+    tokens: u64,
+    last_sampled: &Memory,
+    table: &Table,
+    out: &Buffer,
+) -> Result<()> {
     let arguments = Arguments::default()
-        .with(ids)
+        .with(tokens)
+        .with(last_sampled.pointer())
         .with(table.rows.pointer())
         .with(table.first_id as u32)
         .with(table.count as u32)

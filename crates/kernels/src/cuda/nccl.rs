@@ -50,6 +50,14 @@ impl NcclId {
     }
 }
 
+/// NCCL's version, for example 22809 for 2.28.9.
+///
+/// # Errors
+/// [`Error::Unsupported`] where NCCL is missing or older than 2.18: in a sentence for users.
+pub fn nccl_version() -> Result<u32> {
+    Ok(Nccl::open()?.version)
+}
+
 impl fmt::Debug for NcclId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("NcclId")

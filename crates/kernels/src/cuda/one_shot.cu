@@ -11,13 +11,13 @@
 // Both: grid min(16, ⌈count or longest / 1024⌉), the same on all ranks; block 256, no dynamic shared memory. The blocks of all
 // ranks run at the same time: they wait for each other.
 //
-// A mailbox, in the memory of its rank's device, zeroed before the first call:
+// A mailbox, in the memory of its rank's device, its first 4096 bytes zeroed before the first call:
 //   word 0: not 0 once a wait of this rank failed: what is begun later ends at once;
 //   word 32 · (1 + block): rounds that the block has written. It counts on from launch to launch, so a recorded launch can be
 //     replayed; each is in a cache line of its own;
 //   from byte 4096 on: f32 [2][16 blocks][16 parts][1024], rounds in turn. Two are enough: before a block writes round n + 2 it
 //     has seen that the others wrote n + 1, which they do after they read n.
-// The board, page-locked memory of the host, words: [16] abort, raised by any thread of the host; [16] left, raised when a rank has
+// The board, page-locked memory of the host that all processes of the group share, words: [16] abort, raised by any thread of the host; [16] left, raised when a rank has
 //   gone for good; [16] outcome, which the kernel leaves: 0, or ABORTED, or LEFT or LATE with the rank that was waited for above bit 8.
 #include "tree.cuh"
 

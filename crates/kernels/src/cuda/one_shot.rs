@@ -1,4 +1,5 @@
-//! Collectives by kernels of our own, for ranks that see each other's memory: threads of one process, on one device or several.
+//! Collectives by kernels of our own, for ranks that see each other's memory: on several devices of a machine, each in a process of its
+//! own or as threads of one, or (threads) on one device.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -8,13 +9,27 @@ use std::time::Duration;
 use bytemuck::{Pod, Zeroable};
 
 use super::Cuda;
+use super::board::{Board, Missed};
 use super::buffer::Buffer;
 use super::device::{Arguments, Device, Launch};
 use super::fold::{FoldProgram, MAX_UNITS, Parts};
-use super::shared::{Board, CHUNK, MAX_BLOCKS, MAX_PARTS, MAX_RANKS, Mailbox, Missed};
+use super::mailbox::Mailbox;
 use crate::{Error, Partial, Result, Tree};
 
+/// The largest group of ranks that see each other's memory.
+pub const MAX_RANKS: usize = 16;
+
 const THREADS: u32 = 256;
+/// Blocks of a rank's kernel.
+const MAX_BLOCKS: usize = 16;
+/// Elements that a block exchanges at a time.
+const CHUNK: usize = 1024;
+/// Sub-trees that a rank can send.
+const MAX_PARTS: usize = 16;
+/// Where the letters begin in a mailbox, behind the flags of the blocks, which are zeros at first.
+pub(crate) const LETTERS_BYTE: usize = 4096;
+/// For rounds in turn: while one is read, the next is written.
+pub(crate) const MAILBOX_BYTES: usize = LETTERS_BYTE + 2 * MAX_BLOCKS * MAX_PARTS * CHUNK * size_of::<f32>();
 /// Elements that can be gathered: the kernel counts them in 32 bits.
 const MAX_GATHERED: usize = 1 << 30;
 
@@ -62,17 +77,8 @@ struct Columns {
 }
 
 impl OneShot {
-    /// An empty mailbox on the device, for the others to know.
-    pub fn mailbox(cuda: &Cuda) -> Result<Mailbox> {
-        Mailbox::new(cuda.device())
-    }
-
-    /// A clean board, one for all ranks.
-    pub fn board(cuda: &Cuda) -> Result<Board> {
-        Board::new(cuda.device())
-    }
-
-    /// Rank `rank` of as many ranks as there are mailboxes. A rank waits for another for `patience` at most.
+    /// Rank `rank` of as many ranks as there are mailboxes, of which that number is its own; one board is for all. A rank waits for
+    /// another for `patience` at most.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for more than [`MAX_RANKS`] ranks, or where a device cannot read another's memory.
@@ -95,7 +101,7 @@ impl OneShot {
             of_rank.open_to(&device)?;
             *pointer = of_rank.pointer();
         }
-        let patience = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        let patience = nanoseconds(patience);
         let (rank_number, size) = (rank as i32, size as i32);
         let board_pointer = board.pointer();
         let group =
@@ -187,6 +193,42 @@ impl OneShot {
         unsafe { self.device.launch("one_shot_gather", grid(longest), arguments) }
     }
 
+    /// Begins to copy the first `len` elements of `x`, f32, from rank `root` to all others, as bits: every rank gathers the columns of
+    /// the one that has any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a too short buffer or a root that is not of this group.
+    pub fn broadcast(&mut self, root: usize, len: usize, x: &mut Buffer) -> Result<()> {
+        const OP: &str = "broadcast";
+        if root >= self.group.size as usize || len > MAX_GATHERED {
+            let detail = format!("{len} elements of rank {root} of {}", self.group.size);
+            return Err(Error::Shape { op: OP, detail });
+        }
+        let x = x.floats(OP, &self.device, len)?;
+        let mut columns = Columns { count: [0; MAX_RANKS], root: self.rank as i32, unused: 0 };
+        columns.count[root] = len as i32;
+        let arguments = self.gather_arguments(x, columns, 1, x, len);
+        // SAFETY: as above. The root's elements are written where they were read, by the same threads.
+        unsafe { self.device.launch("one_shot_gather", grid(len), arguments) }
+    }
+
+    /// How long this rank waits for another from the next call on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.group.patience = nanoseconds(patience);
+    }
+
+    /// Waits until what this rank began has ended; ends it where `go_on`, which is asked again and again, says no.
+    pub fn finish(&self, go_on: &mut dyn FnMut() -> bool) {
+        if !matches!(self.device.synchronize_while(go_on), Ok(true)) {
+            self.abort();
+        }
+    }
+
+    /// Ends this rank's waits for others; what it began gives no result.
+    pub fn abort(&self) {
+        self.board.abort(self.rank);
+    }
+
     /// Why a call that the device has ended gave no result; then no later one does.
     pub fn missed(&self) -> Option<Missed> {
         self.board.missed(self.rank)
@@ -217,6 +259,10 @@ struct Reduction {
     own: Parts,
     program: FoldProgram,
     leaves: Leaves,
+}
+
+fn nanoseconds(patience: Duration) -> u64 {
+    u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2)
 }
 
 /// The same on all ranks.

@@ -20,8 +20,8 @@ pub(crate) struct Records {
 /// A recorded step.
 pub(crate) struct Record {
     graph: CudaGraph,
-    /// Whether it chooses tokens.
-    pub(crate) samples: bool,
+    /// Where it leaves the tokens that it chooses, if it does.
+    pub(crate) chosen: Option<u64>,
 }
 
 /// What to do with a step.
@@ -66,8 +66,8 @@ impl Records {
 }
 
 impl Record {
-    pub(crate) fn new(graph: CudaGraph, samples: bool) -> Self {
-        Self { graph, samples }
+    pub(crate) fn new(graph: CudaGraph, chosen: Option<u64>) -> Self {
+        Self { graph, chosen }
     }
 }
 

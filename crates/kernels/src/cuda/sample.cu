@@ -1,9 +1,12 @@
 // Chooses a token for each row of logits, as sample.rs does.
 //
-// sample(logits, vocabulary, draws, out): grid (rows), block 1024, no dynamic shared memory (8.5 KiB static).
+// sample(logits, vocabulary, draws, slots, out, last): grid (rows), block 1024, no dynamic shared memory (8.5 KiB static).
 //   logits: f32 [rows, vocabulary]. vocabulary: 1 to 2^20.
 //   draws: u32 [rows, 6]: temperature (f32 bits), top-k, top-p (f32 bits), seed low, seed high, position.
+//   slots: u32 [rows]: below MAX_SLOTS where the id is kept, else all ones.
 //   out: u32 [rows, 2]: the id, and the logarithm of its probability (f32 bits) under softmax(logits).
+//   last: u32 [MAX_SLOTS]: ids by slot.
+// keep_sampled(chosen, rows, slots, last): keeps what another rank gave for `out`; grid (rows / 256), block 256.
 //
 // Weights e^((logit − max) / temperature) are computed anew in each pass over the row, which stays in L2. What counts is kept as
 // a threshold: the bits of the lightest weight that counts, which are ordered as the weights are, and the last id that counts
@@ -255,7 +258,10 @@ static __device__ __forceinline__ void keep_heaviest(Row& row, bool by_weight, d
     }
 }
 
-KERNEL(1024, 1, sample, (const float* logits, i32 vocabulary, const u32* draws, u32* out)) {
+static const u32 NO_SLOT = 0xffffffffu;
+
+KERNEL(1024, 1, sample,
+       (const float* logits, i32 vocabulary, const u32* draws, const u32* slots, u32* out, u32* last)) {
     __shared__ Shared shared;
     logits += static_cast<i64>(blockIdx.x) * vocabulary;
     const u32* draw = draws + blockIdx.x * 6;
@@ -289,5 +295,15 @@ KERNEL(1024, 1, sample, (const float* logits, i32 vocabulary, const u32* draws, 
     if (threadIdx.x == 0) {
         out[blockIdx.x * 2] = static_cast<u32>(id);
         out[blockIdx.x * 2 + 1] = __float_as_uint(logits[id] - whole);
+        if (slots[blockIdx.x] != NO_SLOT) {
+            last[slots[blockIdx.x]] = static_cast<u32>(id);
+        }
+    }
+}
+
+KERNEL(256, 4, keep_sampled, (const u32* chosen, i32 rows, const u32* slots, u32* last)) {
+    i32 row = static_cast<i32>(blockIdx.x * 256 + threadIdx.x);
+    if (row < rows && slots[row] != NO_SLOT) {
+        last[slots[row]] = chosen[row * 2];
     }
 }

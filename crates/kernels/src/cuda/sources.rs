@@ -20,6 +20,7 @@ pub const SOURCES: &[Source] = &[
     source!("attend_long.cu"),
     source!("attend_merge.cu"),
     source!("attend_short.cu"),
+    source!("bandwidth.cu"),
     source!("columns.cu"),
     source!("elementwise.cu"),
     source!("fold.cu"),

@@ -5,7 +5,7 @@
 
 use super::attend::{LONG_TILE_ROWS, SHORT_ROWS, SPAN};
 use crate::shape::BLOCK;
-use crate::{Slice, Step};
+use crate::{Slice, Step, Token};
 
 /// Batch sizes that decoding steps are padded to.
 const BUCKETS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
@@ -13,6 +13,10 @@ const BUCKETS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96
 pub(crate) const LARGEST_BUCKET: usize = BUCKETS[BUCKETS.len() - 1];
 /// Words of a sampled row's parameters.
 pub(crate) const DRAW_WORDS: usize = 6;
+/// Where there is no token, or no slot.
+const NOTHING: u32 = u32::MAX;
+/// Marks a slot among token ids: the row's token is what was last kept for it.
+const LAST_SAMPLED: u32 = 1 << 31;
 
 /// What tells apart steps that one record cannot serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,13 +28,15 @@ pub(crate) struct Sizes {
     /// Tiles of queries of the other slices.
     pub(crate) long_tiles: usize,
     pub(crate) sampled: usize,
+    /// Whether ids are kept, which on all ranks takes ops of its own.
+    pub(crate) keeps: bool,
 }
 
 /// Where each part begins, in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Parts {
-    /// `[rows]`: token ids, `u32::MAX` where there is none.
-    pub(crate) ids: usize,
+    /// `[rows]`: token ids below 2^31, slots with `LAST_SAMPLED`, or `NOTHING`.
+    pub(crate) tokens: usize,
     /// `[rows]`: positions in their sequences, −1 where a row means nothing.
     pub(crate) positions: usize,
     /// `[rows]`: slices.
@@ -51,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) long_tiles: usize,
     /// `[sampled]`: rows.
     pub(crate) sampled: usize,
+    /// `[sampled]`: slots that their ids are kept for, or `NOTHING`.
+    pub(crate) slots: usize,
     /// `[sampled, DRAW_WORDS]`: temperature, top-k, top-p, seed low and high, position.
     pub(crate) draws: usize,
     /// Block tables, slice after slice.
@@ -66,7 +74,7 @@ impl Parts {
             start
         };
         Self {
-            ids: part(sizes.rows),
+            tokens: part(sizes.rows),
             positions: part(sizes.rows),
             row_slice: part(sizes.rows),
             slice_row: part(sizes.slices + 1),
@@ -77,6 +85,7 @@ impl Parts {
             short_count: part(1),
             long_tiles: part(2 * sizes.long_tiles + 1),
             sampled: part(sizes.sampled),
+            slots: part(sizes.sampled),
             draws: part(DRAW_WORDS * sizes.sampled),
             table: end,
         }
@@ -138,13 +147,20 @@ impl Plan {
             short_slices: if decodes && group <= SHORT_ROWS { step.rows } else { short.len() },
             long_tiles: tiles.len(),
             sampled: step.sampled_rows,
+            keeps: step.keeps(),
         };
         let parts = Parts::of(sizes);
         let mut words = vec![0; parts.table];
 
-        words[parts.ids..][..sizes.rows].fill(u32::MAX);
+        words[parts.tokens..][..sizes.rows].fill(NOTHING);
         words[parts.positions..][..sizes.rows].fill(u32::MAX);
-        words[parts.ids..][..step.ids.len()].copy_from_slice(&step.ids);
+        for (word, token) in words[parts.tokens..].iter_mut().zip(&step.tokens) {
+            *word = match *token {
+                Token::Id(id) if id < LAST_SAMPLED => id,
+                Token::Id(_) => NOTHING, // no table has it
+                Token::LastSampled(slot) => LAST_SAMPLED | slot,
+            };
+        }
         let mut row = 0;
         for (index, slice) in slices.iter().enumerate() {
             words[parts.slice_row + index] = row as u32;
@@ -184,6 +200,7 @@ impl Plan {
         for index in 0..sizes.sampled {
             let sampled = step.sampled.get(index);
             words[parts.sampled + index] = sampled.map_or(index, |sampled| sampled.row) as u32;
+            words[parts.slots + index] = sampled.and_then(|sampled| sampled.slot).unwrap_or(NOTHING);
             if let Some(draw) = sampled.map(|sampled| sampled.draw) {
                 words[parts.draws + DRAW_WORDS * index..][..DRAW_WORDS].copy_from_slice(&[
                     draw.temperature.to_bits(),

@@ -8,16 +8,14 @@ use cudarc::driver::CudaEvent;
 
 use super::device::Device;
 use super::memory::{Memory, Pinned};
-use crate::{Choice, Error, Result};
+use crate::{CHOSEN_COLS, Choice, Error, MAX_STEPS_IN_FLIGHT, Result};
 
-/// Steps whose words or choices may be under way at once.
-const IN_FLIGHT: usize = 2;
 /// Words of a step that there is room for at first.
 const FIRST_WORDS: usize = 1 << 18;
 /// Rows that can be sampled in one step.
 pub(crate) const MAX_SAMPLED: usize = 4096;
 /// Bytes of a choice: id and log-probability.
-const CHOICE_BYTES: usize = 8;
+const CHOICE_BYTES: usize = CHOSEN_COLS * size_of::<f32>();
 
 /// The words of steps, on their way to one place on the device.
 #[derive(Debug)]
@@ -35,8 +33,9 @@ impl Words {
 
     fn with_room(device: &Rc<Device>, words: usize) -> Result<Self> {
         let bytes = 4 * words;
-        let stages =
-            (0..IN_FLIGHT).map(|_| Ok((Pinned::allocate(device, bytes)?, None))).collect::<Result<_>>()?;
+        let stages = (0..MAX_STEPS_IN_FLIGHT)
+            .map(|_| Ok((Pinned::allocate(device, bytes)?, None)))
+            .collect::<Result<_>>()?;
         let target = Memory::allocate(device, "the words of a step", bytes)?;
         Ok(Self { device: device.clone(), target, stages, next: 0 })
     }
@@ -61,7 +60,7 @@ impl Words {
         }
         stage.write(bytes);
         *sent = Some(stage.send(target, bytes.len())?);
-        self.next = (self.next + 1) % IN_FLIGHT;
+        self.next = (self.next + 1) % MAX_STEPS_IN_FLIGHT;
         Ok(moved)
     }
 }
@@ -73,11 +72,10 @@ impl Drop for Words {
     }
 }
 
-/// Chosen tokens, on their way from one place on the device.
+/// Chosen tokens, on their way from the device.
 #[derive(Debug)]
 pub(crate) struct Choices {
     device: Rc<Device>,
-    source: Memory,
     stages: Vec<Pinned>,
     /// Oldest first: the stage, how many, and when they are there.
     under_way: VecDeque<(usize, usize, CudaEvent)>,
@@ -87,26 +85,27 @@ pub(crate) struct Choices {
 impl Choices {
     pub(crate) fn new(device: &Rc<Device>) -> Result<Self> {
         let bytes = MAX_SAMPLED * CHOICE_BYTES;
-        let stages = (0..IN_FLIGHT).map(|_| Pinned::allocate(device, bytes)).collect::<Result<_>>()?;
-        let source = Memory::zeroed(device, "chosen tokens", bytes)?;
-        Ok(Self { device: device.clone(), source, stages, under_way: VecDeque::new(), next: 0 })
+        let stages =
+            (0..MAX_STEPS_IN_FLIGHT).map(|_| Pinned::allocate(device, bytes)).collect::<Result<_>>()?;
+        Ok(Self { device: device.clone(), stages, under_way: VecDeque::new(), next: 0 })
     }
 
-    /// Where the sampling kernel puts them: `[rows, 2]` words, id and bits of the log-probability.
-    pub(crate) fn pointer(&self) -> u64 {
-        self.source.pointer()
-    }
-
-    /// Begins to fetch what the work begun so far will have chosen.
-    pub(crate) fn fetch(&mut self, count: usize) -> Result<()> {
-        if self.under_way.len() == IN_FLIGHT {
-            let detail = format!("{IN_FLIGHT} steps are in flight and were not asked about");
+    /// Begins to fetch `count` tokens that the work begun so far will have chosen: at `source` `[count, 2]` words, id and bits of the
+    /// log-probability.
+    pub(crate) fn fetch(&mut self, source: u64, count: usize) -> Result<()> {
+        if self.under_way.len() == MAX_STEPS_IN_FLIGHT {
+            let detail = format!("{MAX_STEPS_IN_FLIGHT} steps are in flight and were not asked about");
             return Err(Error::Shape { op: "sample", detail });
         }
-        let arrived = self.stages[self.next].receive(self.source.pointer(), count * CHOICE_BYTES)?;
+        let arrived = self.stages[self.next].receive(source, count * CHOICE_BYTES)?;
         self.under_way.push_back((self.next, count, arrived));
-        self.next = (self.next + 1) % IN_FLIGHT;
+        self.next = (self.next + 1) % MAX_STEPS_IN_FLIGHT;
         Ok(())
+    }
+
+    /// Whether the oldest have arrived.
+    pub(crate) fn have_arrived(&self) -> Result<bool> {
+        self.under_way.front().map_or(Ok(true), |(_, _, arrived)| self.device.has_come_to(arrived))
     }
 
     /// Waits for the oldest.

@@ -11,7 +11,7 @@ use super::device::{Arguments, Device, Launch};
 use super::linear::panel;
 use super::matrix::Matrix;
 use super::memory::Scratch;
-use crate::Result;
+use crate::{DType, Result};
 
 /// From so many rows on a product is wide. By estimate: unpacking moves 4 bytes of memory for each weight, 1.3 ps on an H100, and the
 /// library, which has matrix instructions that our kernels do not use, saves about 2 fs for each weight and row.
@@ -122,8 +122,15 @@ impl Wide {
         columns: Range<usize>,
     ) -> Result<()> {
         let Operands { rows, x, x_cols, out, out_cols } = operands;
-        let size =
-            Size { rows, n: columns.len(), k, x_stride: x_cols, weight_stride: k, out_stride: out_cols };
+        let size = Size {
+            rows,
+            n: columns.len(),
+            k,
+            x_stride: x_cols,
+            weight_stride: k,
+            out_stride: out_cols,
+            out_dtype: DType::F32,
+        };
         // SAFETY: the callers' promise. Slices begin at multiples of 128 columns, so results stay aligned.
         unsafe { self.blas.multiply(size, x, weights, out + (columns.start * size_of::<f32>()) as u64) }
     }

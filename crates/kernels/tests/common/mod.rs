@@ -9,7 +9,7 @@ use kernels::cpu::Path;
 use kernels::oracle::OracleBuffer;
 use kernels::{
     Backend, Batch, Cpu, DType, Draw, Error, KvShape, Oracle, RowBlock, SampledRow, Slice, SourceType, Step,
-    cpu,
+    Token, cpu,
 };
 
 /// A backend whose buffers tests can fill and read, whatever their type.
@@ -117,21 +117,21 @@ pub(crate) fn weight<B: Backend>(
 
 /// A step over `batch` with ids that nobody looks at.
 pub(crate) fn step<B: Backend>(backend: &B, batch: Batch) -> Step {
-    backend.step(vec![0; batch.rows()], batch, Vec::new())
+    backend.step(vec![Token::Id(0); batch.rows()], batch, Vec::new())
 }
 
 /// A step of one sequence with these ids.
 pub(crate) fn ids_step<B: Backend>(backend: &B, ids: &[u32]) -> Step {
     let blocks = (0..ids.len().div_ceil(64) as u32).collect();
     let slices = vec![Slice { start: 0, len: ids.len(), blocks }];
-    backend.step(ids.to_vec(), Batch { slices }, Vec::new())
+    backend.step(ids.iter().copied().map(Token::Id).collect(), Batch { slices }, Vec::new())
 }
 
 /// A step of one sequence of `rows` rows, of which some are sampled.
 pub(crate) fn sampled_step<B: Backend>(backend: &B, rows: usize, sampled: &[(usize, Draw)]) -> Step {
     let slices = vec![Slice { start: 0, len: rows, blocks: (0..rows.div_ceil(64) as u32).collect() }];
-    let sampled = sampled.iter().map(|&(row, draw)| SampledRow { row, draw }).collect();
-    backend.step(vec![0; rows], Batch { slices }, sampled)
+    let sampled = sampled.iter().map(|&(row, draw)| SampledRow { row, slot: None, draw }).collect();
+    backend.step(vec![Token::Id(0); rows], Batch { slices }, sampled)
 }
 
 /// Runs ops within a step.

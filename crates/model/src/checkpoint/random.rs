@@ -11,19 +11,19 @@ const FNV: [u64; 2] = [0xcbf2_9ce4_8422_2325, 0x0000_0100_0000_01b3];
 
 /// A stream of random bits.
 #[derive(Debug, Clone)]
-pub(super) struct Random {
+pub(crate) struct Random {
     state: u64,
 }
 
 impl Random {
     /// The stream of a tensor, which depends on the seed and on its name alone.
-    pub(super) fn new(seed: u64, name: &str) -> Random {
+    pub(crate) fn new(seed: u64, name: &str) -> Random {
         let hash = name.bytes().fold(FNV[0], |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(FNV[1]));
         Random { state: finalize(seed.wrapping_add(INCREMENT)) ^ hash }
     }
 
     /// The next number of mean 0 and standard deviation 1, none farther out than 3.5.
-    pub(super) fn normal(&mut self) -> f32 {
+    pub(crate) fn normal(&mut self) -> f32 {
         /// Of the sum of four uniform whole numbers below 2^16: mean, and 1 / standard deviation.
         const MEAN: i32 = 2 * 65535;
         const SCALE: f32 = 1.0 / 37_837.227;
@@ -33,7 +33,7 @@ impl Random {
     }
 
     /// The next word, all as likely.
-    pub(super) fn word(&mut self) -> u32 {
+    pub(crate) fn word(&mut self) -> u32 {
         (self.bits() >> 32) as u32
     }
 

@@ -15,6 +15,7 @@
 //! they are (`convert_gptq_v1_to_v2_format_module` in <https://github.com/ModelCloud/GPTQModel>, gptqmodel/utils/model.py).
 //! Column c is of group `c / group size`: where `g_idx` says otherwise, the checkpoint is refused when it is opened.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use kernels::QuantizedBlock;
@@ -45,17 +46,17 @@ pub(crate) struct PackedSlice {
 
 /// A slice of a quantised projection: what a [`QuantizedBlock`] borrows.
 #[derive(Debug, PartialEq)]
-pub(crate) struct QuantizedRows {
-    bits: usize,
-    group_size: usize,
-    rows: usize,
-    cols: usize,
-    values: Vec<u8>,
-    scales: Vec<f32>,
-    zeros: Vec<u8>,
+pub(crate) struct QuantizedRows<'a> {
+    pub(crate) bits: usize,
+    pub(crate) group_size: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) values: Cow<'a, [u8]>,
+    pub(crate) scales: Cow<'a, [f32]>,
+    pub(crate) zeros: Cow<'a, [u8]>,
 }
 
-impl QuantizedRows {
+impl QuantizedRows<'_> {
     /// As backends take it.
     pub(crate) fn block(&self) -> QuantizedBlock<'_> {
         let Self { bits, group_size, rows, cols, .. } = *self;
@@ -97,7 +98,7 @@ impl PackedSlice {
     ///
     /// `group_size` divides the matrix's own group size and the first column, or is the former where the first column is on its
     /// border: so each of these groups lies in one of the matrix's, whose scale and zero point it gets.
-    pub(crate) fn unpack(&self, group_size: usize) -> QuantizedRows {
+    pub(crate) fn unpack(&self, group_size: usize) -> QuantizedRows<'static> {
         let rows = self.rows.len();
         let first_group = self.cols.start / self.group_size.max(1);
         let groups: Vec<usize> = self
@@ -112,7 +113,7 @@ impl PackedSlice {
             group_size,
             rows,
             cols: self.cols.len(),
-            values: self.unpack_values(),
+            values: self.unpack_values().into(),
             scales: (0..rows).flat_map(each).map(|(row, group)| self.scales[group * rows + row]).collect(),
             zeros: (0..rows).flat_map(each).map(|(row, group)| self.zero(row, group)).collect(),
         }
@@ -196,8 +197,8 @@ mod tests {
         };
         let found = slice.unpack(1);
         let expected: Vec<u8> = (0..8).collect();
-        assert_eq!((&found.values, &found.zeros), (&expected, &expected));
-        assert_eq!(found.scales, (0..8u8).map(f32::from).collect::<Vec<_>>());
+        assert_eq!((&*found.values, &*found.zeros), (&expected[..], &expected[..]));
+        assert_eq!(*found.scales, (0..8u8).map(f32::from).collect::<Vec<_>>());
     }
 
     #[test]
@@ -214,8 +215,8 @@ mod tests {
         let found = packed(Layout::Gptq).unpack(8);
         assert_eq!(found.values[8..16], [0, 1, 2, 3, 4, 5, 6, 7]);
         // A zero point of 0 is stored as 15.
-        assert_eq!(found.zeros, [1, 2, 3, 4, 5, 6, 7, 0]);
-        assert_eq!(packed(Layout::GptqV2).unpack(8).zeros, [0, 1, 2, 3, 4, 5, 6, 15]);
+        assert_eq!(*found.zeros, [1, 2, 3, 4, 5, 6, 7, 0]);
+        assert_eq!(*packed(Layout::GptqV2).unpack(8).zeros, [0, 1, 2, 3, 4, 5, 6, 15]);
     }
 
     #[test]
@@ -230,8 +231,11 @@ mod tests {
             scales: vec![1.0, 2.0],
         };
         let found = slice.unpack(2);
-        assert_eq!(found.values, [2, 3, 4, 5, 0x12, 0x13, 0x14, 0x15]);
-        assert_eq!((found.zeros, found.scales), (vec![0x81, 0x81, 0x80, 0x80], vec![1.0, 1.0, 2.0, 2.0]));
+        assert_eq!(*found.values, [2, 3, 4, 5, 0x12, 0x13, 0x14, 0x15]);
+        assert_eq!(
+            (&*found.zeros, &*found.scales),
+            (&[0x81, 0x81, 0x80, 0x80][..], &[1.0, 1.0, 2.0, 2.0][..])
+        );
     }
 
     /// Groups of four that begin at column 2 of a slice from there: 2 columns of group 0, then 4 of group 1.
@@ -247,7 +251,7 @@ mod tests {
             scales: vec![0.5, 0.25],
         };
         let found = slice.unpack(2);
-        assert_eq!(found.values, [2, 3, 4, 5, 6, 7]);
-        assert_eq!((found.scales, found.zeros), (vec![0.5, 0.25, 0.25], vec![1, 2, 2]));
+        assert_eq!(*found.values, [2, 3, 4, 5, 6, 7]);
+        assert_eq!((&*found.scales, &*found.zeros), (&[0.5, 0.25, 0.25][..], &[1, 2, 2][..]));
     }
 }

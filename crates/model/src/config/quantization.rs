@@ -117,7 +117,7 @@ fn gptq(keys: &Keys) -> Result<Quantization, ConfigError> {
 }
 
 /// Words hold values of one matrix alone, and units as many columns as the kernels need. Says what is expected instead.
-fn fits(quantization: Quantization, shape: &ModelShape) -> Result<(), String> {
+pub(super) fn fits(quantization: Quantization, shape: &ModelShape) -> Result<(), String> {
     let per_word = quantization.per_word();
     for (name, size) in [
         ("hidden_size", shape.hidden),

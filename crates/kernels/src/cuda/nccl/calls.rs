@@ -156,6 +156,27 @@ impl Communicator {
         self.stay_near(go_on)
     }
 
+    /// Begins to copy the first `len` elements of `x`, f32, from rank `root` to all others.
+    ///
+    /// # Errors
+    /// As [`Communicator::all_reduce`].
+    pub fn broadcast(
+        &mut self,
+        root: usize,
+        len: usize,
+        x: &mut Buffer,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let x = x.floats("broadcast", &self.device, len)?;
+        let messages: Vec<Message> = if self.rank == root {
+            (0..self.size).filter(|rank| *rank != root).map(|rank| Message::to(rank, x, len)).collect()
+        } else {
+            vec![Message::from(root, x, len)]
+        };
+        self.exchange(&messages, go_on)?;
+        self.stay_near(go_on)
+    }
+
     fn addresses(&self, len: usize, partials: &[Partial<Buffer>], out: &Buffer) -> Result<(Vec<u64>, u64)> {
         const OP: &str = "tree_reduce";
         let parts = partials.iter().map(|partial| partial.sum.floats(OP, &self.device, len));

@@ -99,6 +99,7 @@ functions! {
 /// The library, opened once.
 pub(crate) struct Nccl {
     pub(crate) functions: Functions,
+    pub(crate) version: u32,
     /// Stays open.
     _file: File,
 }
@@ -131,7 +132,7 @@ impl Nccl {
             let shown = format!("{}.{}", version / 10_000, version % 10_000 / 100);
             return Err(Error::Unsupported(format!("NCCL here is {shown}; 2.18 or newer is needed")));
         }
-        Ok(Self { functions, _file: file })
+        Ok(Self { functions, version: version.unsigned_abs(), _file: file })
     }
 
     /// A failure, in NCCL's words.

@@ -1,0 +1,42 @@
+//! Looking after the other ranks while this thread waits for its GPU.
+
+use std::time::{Duration, Instant};
+
+use crate::collective::{Error, Result};
+use crate::transport::Transport;
+
+/// How often a wait looks after the other ranks.
+const LOOK: Duration = Duration::from_millis(5);
+/// A rank that left in peace finished first what it sent: what this rank waits for then comes within this time.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// The mesh that a group was formed over, kept for as long as the group is: a rank that ends closes its connections, which the others
+/// notice sooner than their GPUs do.
+#[derive(Debug)]
+pub(super) struct Guard<T> {
+    pub(super) transport: T,
+    looked: Instant,
+    /// Since when a rank is gone.
+    gone: Option<Instant>,
+}
+
+impl<T: Transport> Guard<T> {
+    pub(super) fn new(transport: T) -> Self {
+        Self { transport, looked: Instant::now(), gone: None }
+    }
+
+    /// Why it is no use to wait any longer.
+    pub(super) fn trouble(&mut self) -> Result<()> {
+        if self.transport.abort_handle().is_aborted() {
+            return Err(Error::Aborted);
+        }
+        if self.looked.elapsed() < LOOK {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        match self.transport.check() {
+            Err(error) if self.gone.get_or_insert_with(Instant::now).elapsed() > GRACE => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
