@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use self::worker::{CommandLine, Worker};
 use crate::args::{DeviceArg, ModelArgs};
 use crate::policy::fixed;
-use crate::service::{self, Service};
+use crate::service::{self, Candidacy, Service};
 
 /// Enough to show that workers step together.
 const DEFAULT_WORKERS: usize = 2;
@@ -90,7 +90,7 @@ impl Embedded {
         })?;
         let grpc = service::listen("--grpc", grpc).await?;
         let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
-        let service = Service::start(config, grpc, cluster, tokenizer)?;
+        let service = Service::start(config, Candidacy::alone()?, grpc, cluster, tokenizer).await?;
         let memory = memory_of_each(args.model.device, workers)?;
         let workers = (0..workers)
             .map(|index| {

@@ -8,6 +8,7 @@ mod cuda_kernels;
 mod embedded;
 mod generate;
 mod policy;
+mod registry;
 mod sampling;
 mod secret;
 mod serve;

@@ -4,16 +4,18 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
+use cluster::registry::LEASE;
 use coordinator::{CoordinatorConfig, State};
-use worker::WorkerConfig;
+use worker::{Coordinators, WorkerConfig};
 
 use crate::args::{ModelArgs, parse_size};
 use crate::embedded::{Embedded, EmbeddedArgs};
 use crate::policy::{LivenessArgs, PolicyArgs};
+use crate::registry::RegistryArgs;
 use crate::secret::SecretArgs;
-use crate::service::{self, Service};
+use crate::service::{self, Candidacy, Service};
 use crate::signals::Signals;
 
 #[derive(Debug, Args)]
@@ -31,6 +33,14 @@ pub(crate) struct ServeArgs {
 pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
     secret: SecretArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
+    /// With --etcd: this machine's name or address, as clients and workers reach it
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
+    host: String,
+    /// With --etcd: seconds that another coordinator waits after this one fell silent, before it leads
+    #[arg(long, value_name = "SECONDS", default_value_t = LEASE.as_secs(), value_parser = clap::value_parser!(u64).range(2..=3600))]
+    lease: u64,
     /// Folder of the checkpoint, for its tokenizer; weights are not read [default: the bundled yi-nano]
     #[arg(long, env = "PHALANX_MODEL", value_name = "DIR")]
     model: Option<std::path::PathBuf>,
@@ -62,8 +72,10 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// The coordinator's address for workers
-    #[arg(long, value_name = "HOST:PORT")]
-    coordinator: String,
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "etcd", conflicts_with = "etcd")]
+    coordinator: Option<String>,
+    #[command(flatten)]
+    registry: RegistryArgs,
     /// Where this worker's collectives listen; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:0")]
     listen: SocketAddr,
@@ -128,18 +140,29 @@ impl CoordinatorArgs {
         let config = self.liveness.apply(config)?;
         let grpc = service::listen("--grpc", self.grpc).await?;
         let listen = service::listen("--listen", self.listen).await?;
-        let service = Service::start(config, grpc, listen, tokenizer)?;
+        let candidacy = match self.registry.open().await? {
+            Some(registry) => Candidacy::among_others(registry, self.host, Duration::from_secs(self.lease)),
+            None => Candidacy::alone()?,
+        };
+        let service = Service::start(config, candidacy, grpc, listen, tokenizer).await?;
         println!("workers join at {}, clients connect at {}", service.cluster, service.grpc);
-        let mut state = service.state();
+        let (mut state, mut registry) = (service.state(), service.registry());
+        println!("{}", *state.borrow_and_update());
         loop {
-            println!("{}", *state.borrow_and_update());
-            if matches!(*state.borrow(), State::Serving(_)) {
-                service.ready().await?;
+            if let State::Serving(model) = &*state.borrow() {
+                service.check(model)?;
             }
             tokio::select! {
                 biased;
                 () = signals.shutdown() => break,
-                changed = state.changed() => changed?,
+                changed = state.changed() => {
+                    changed?;
+                    println!("{}", *state.borrow_and_update());
+                }
+                changed = registry.changed() => {
+                    changed?;
+                    println!("{}", *registry.borrow_and_update());
+                }
             }
         }
         service.stop().await
@@ -149,8 +172,13 @@ impl CoordinatorArgs {
 impl WorkerArgs {
     pub(crate) async fn run(self) -> Result<()> {
         self.model.check()?;
+        let coordinator = match (self.coordinator, self.registry.open().await?) {
+            (Some(address), _) => Coordinators::At(address),
+            (None, Some(registry)) => Coordinators::Elected(registry),
+            (None, None) => bail!("give --coordinator HOST:PORT or --etcd URL"),
+        };
         let config = WorkerConfig {
-            coordinator: self.coordinator,
+            coordinator,
             secret: self.secret.secret()?,
             listen: self.listen,
             advertised_host: self.host,

@@ -1,11 +1,14 @@
 //! A coordinator with its gateway: what `coordinator` runs for many machines and an embedded cluster for one.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use coordinator::{Coordinator, CoordinatorConfig, CoordinatorHandle, ModelInfo, State};
+use cluster::registry::election::{Addresses, Candidate, Election};
+use cluster::registry::{ClusterName, Health, LEASE, MemoryRegistry, Registry};
+use coordinator::{Contender, CoordinatorConfig, ModelInfo, State};
 use gateway::Tokenizer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -20,10 +23,38 @@ pub(crate) struct Service {
     pub(crate) grpc: SocketAddr,
     /// Where workers connect.
     pub(crate) cluster: SocketAddr,
-    handle: CoordinatorHandle,
+    contender: Contender,
+    registry: Arc<dyn Registry>,
     tokenizer: Option<Arc<Tokenizer>>,
     stop: CancellationToken,
+    resign: CancellationToken,
+    contest: JoinHandle<()>,
     gateway: JoinHandle<Result<(), gateway::ServeError>>,
+    /// Others can go on with what this coordinator leaves.
+    among_others: bool,
+}
+
+/// Where coordinators are elected, and as what this one stands.
+pub(crate) struct Candidacy {
+    registry: Arc<dyn Registry>,
+    /// This machine, as clients and workers reach it.
+    host: String,
+    lease: Duration,
+    among_others: bool,
+}
+
+impl Candidacy {
+    /// The only coordinator there is.
+    pub(crate) fn alone() -> Result<Self> {
+        let name: ClusterName = "alone".parse().map_err(anyhow::Error::msg)?;
+        let registry = Arc::new(MemoryRegistry::new(&name));
+        Ok(Self { registry, host: Ipv4Addr::LOCALHOST.to_string(), lease: LEASE, among_others: false })
+    }
+
+    /// One of several, which share a registry.
+    pub(crate) fn among_others(registry: Arc<dyn Registry>, host: String, lease: Duration) -> Self {
+        Self { registry, host, lease, among_others: true }
+    }
 }
 
 /// Opens a port; `flag` is what the address was given with.
@@ -42,17 +73,23 @@ pub(crate) fn tokenizer(dir: &Path) -> Result<Option<Arc<Tokenizer>>> {
 
 impl Service {
     /// Starts both servers on bound listeners.
-    pub(crate) fn start(
+    pub(crate) async fn start(
         config: CoordinatorConfig,
+        candidacy: Candidacy,
         grpc: TcpListener,
         cluster: TcpListener,
         tokenizer: Option<Arc<Tokenizer>>,
     ) -> Result<Self> {
         let (grpc_address, cluster_address) = (grpc.local_addr()?, cluster.local_addr()?);
-        let (handle, workers) = Coordinator::start(config);
-        let stop = CancellationToken::new();
-        let gateway =
-            gateway::serve(grpc, Arc::new(handle.clone()), tokenizer.clone(), stop.clone().cancelled_owned());
+        let Candidacy { registry, host, lease, among_others } = candidacy;
+        let address = |bound: SocketAddr| format!("{host}:{}", bound.port());
+        let addresses = Addresses { clients: address(grpc_address), workers: address(cluster_address) };
+        let election = Election::watch(registry.as_ref()).await?;
+        let candidate = Candidate::new(registry.clone(), addresses, lease);
+        let (stop, resign) = (CancellationToken::new(), CancellationToken::new());
+        let (contender, workers, contest) = Contender::start(config, candidate, election, resign.clone());
+        let engine = Arc::new(contender.clone());
+        let gateway = gateway::serve(grpc, engine, tokenizer.clone(), stop.clone().cancelled_owned());
         let incoming = TcpIncoming::from(cluster).with_nodelay(Some(true));
         let members = Server::builder()
             .http2_keepalive_interval(Some(cluster::KEEP_ALIVE_INTERVAL))
@@ -65,22 +102,31 @@ impl Service {
             }
         });
         let gateway = tokio::spawn(gateway);
-        Ok(Self { grpc: grpc_address, cluster: cluster_address, handle, tokenizer, stop, gateway })
+        Ok(Self {
+            grpc: grpc_address,
+            cluster: cluster_address,
+            contender,
+            registry,
+            tokenizer,
+            stop,
+            resign,
+            contest,
+            gateway,
+            among_others,
+        })
     }
 
     /// Waits until a group serves.
     pub(crate) async fn ready(&self) -> Result<ModelInfo> {
-        let mut state = self.handle.state();
+        let mut state = self.contender.state();
         loop {
             match &*state.borrow_and_update() {
                 State::Serving(model) => {
-                    if let Some(tokenizer) = &self.tokenizer {
-                        tokenizer.check(model.vocabulary)?;
-                    }
+                    self.check(model)?;
                     return Ok(model.clone());
                 }
                 State::Failed(reason) => bail!("{reason}"),
-                State::Waiting(_) | State::Gathering { .. } | State::Loading => {}
+                State::Standby(_) | State::Waiting(_) | State::Gathering { .. } | State::Loading => {}
             }
             state.changed().await.context("the coordinator has stopped")?;
         }
@@ -88,12 +134,27 @@ impl Service {
 
     /// Where the group stands.
     pub(crate) fn state(&self) -> watch::Receiver<State> {
-        self.handle.state()
+        self.contender.state()
     }
 
-    /// Accepts nothing more and waits for running answers.
+    /// Whether the registry answers.
+    pub(crate) fn registry(&self) -> watch::Receiver<Health> {
+        self.registry.health()
+    }
+
+    /// Checks the tokenizer against what is served.
+    pub(crate) fn check(&self, model: &ModelInfo) -> Result<()> {
+        Ok(self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.check(model.vocabulary))?)
+    }
+
+    /// Accepts nothing more, and waits for running answers; where there are other coordinators, these go on with them.
     pub(crate) async fn stop(self) -> Result<()> {
         self.stop.cancel();
-        Ok(self.gateway.await??)
+        if self.among_others {
+            self.resign.cancel();
+        }
+        self.gateway.await??;
+        self.resign.cancel();
+        Ok(self.contest.await?)
     }
 }

@@ -12,6 +12,7 @@ pub mod progress;
 pub mod proof;
 pub mod proto;
 mod ranges;
+pub mod registry;
 pub mod report;
 pub mod worker;
 

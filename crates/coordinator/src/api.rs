@@ -30,6 +30,14 @@ pub enum EngineError {
     /// No group stands at the moment; trying again may help.
     #[error("{0}")]
     Unavailable(String),
+    /// Another coordinator leads, or none does yet.
+    #[error("this coordinator stands by: {}", whereabouts(.0.as_deref()))]
+    Standby(Option<String>),
+}
+
+/// Where the leader's public service is, for people.
+pub(crate) fn whereabouts(leader: Option<&str>) -> String {
+    leader.map_or_else(|| "no leader is known yet".to_owned(), |leader| format!("the leader is at {leader}"))
 }
 
 /// What a submitted request gets to see; the channel ends after `Finished` or `Failed`.

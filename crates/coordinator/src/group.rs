@@ -12,7 +12,7 @@ use cluster::{
 };
 use engine::{Epoch, ShardError};
 
-use crate::api::ModelInfo;
+use crate::api::{ModelInfo, whereabouts};
 
 #[cfg(test)]
 mod tests;
@@ -20,6 +20,8 @@ mod tests;
 /// Where the group stands, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
+    /// Another coordinator leads; where its public service is, if it is known.
+    Standby(Option<String>),
     /// No group can be formed.
     Waiting(Shortage),
     /// A group could be formed, but it is early, and more workers would make it wider.
@@ -38,6 +40,7 @@ pub enum State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            State::Standby(leader) => write!(f, "standing by: {}", whereabouts(leader.as_deref())),
             State::Waiting(shortage) => shortage.fmt(f),
             State::Gathering { joined } => write!(f, "waiting for more workers: {joined} joined"),
             State::Loading => f.write_str("the workers are loading the model"),

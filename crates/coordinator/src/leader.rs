@@ -3,7 +3,7 @@
 mod tend;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame, Welcome};
@@ -11,6 +11,7 @@ use cluster::{Session, WorkerId, encode_plan};
 use engine::{Epoch, Request, Scheduler, StepId, StepOutput, StepPlan};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
 
@@ -35,11 +36,15 @@ const COMMANDS: usize = 256;
 pub struct Coordinator;
 
 impl Coordinator {
-    /// Starts the leader on the current runtime. The handle is for the gateway, the service for workers; the leader ends when
-    /// all of both are dropped.
-    pub fn start(config: CoordinatorConfig) -> (CoordinatorHandle, ClusterService) {
+    /// Starts the leader of `term` on the current runtime. The handle is for the gateway, the service for workers; the leader
+    /// ends with `stop`, at once: it plans nothing more, fails its requests as unavailable, and sends its workers away.
+    pub fn start(
+        config: CoordinatorConfig,
+        term: u64,
+        stop: CancellationToken,
+    ) -> (CoordinatorHandle, ClusterService) {
         let (commands, inbox) = mpsc::channel(COMMANDS);
-        let group = Group::new(config.policy, incarnation());
+        let group = Group::new(config.policy, term);
         let (state_sender, state) = watch::channel(group.state().unwrap_or(State::Loading));
         let (model_sender, model) = watch::channel(None);
         let service = ClusterService::new(&config, commands.clone());
@@ -58,14 +63,9 @@ impl Coordinator {
             state: state_sender,
             model: model_sender,
         };
-        tokio::spawn(leader.run(inbox));
+        tokio::spawn(leader.run(inbox, stop));
         (CoordinatorHandle { commands, state, model }, service)
     }
-}
-
-/// Without an election, the time of the start tells one coordinator's epochs from its predecessor's.
-fn incarnation() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 struct Leader {
@@ -100,11 +100,13 @@ struct Connection {
 }
 
 impl Leader {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut ticks = interval(self.config.heartbeat_interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
+                () = stop.cancelled() => return self.step_down(),
                 command = inbox.recv() => match command {
                     Some(command) => self.handle(command),
                     None => return,
@@ -116,6 +118,15 @@ impl Leader {
                 self.handle(command);
             }
             self.plan_steps();
+        }
+    }
+
+    /// Leaves requests and workers to another leader.
+    fn step_down(mut self) {
+        let reason = "this coordinator does not lead any more";
+        self.requests.fail_all(&EngineError::Unavailable(reason.into()));
+        for worker in self.workers.keys().copied().collect::<Vec<_>>() {
+            self.dismiss(worker, Status::aborted(reason));
         }
     }
 

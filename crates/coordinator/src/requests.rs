@@ -55,6 +55,13 @@ impl Requests {
         }
     }
 
+    /// Ends all requests.
+    pub(crate) fn fail_all(&mut self, error: &EngineError) {
+        for seq in self.open.keys().copied().collect::<Vec<_>>() {
+            self.fail(seq, error.clone());
+        }
+    }
+
     /// Forgets the requests whose receiver was dropped, and returns them.
     pub(crate) fn hung_up(&mut self) -> Vec<SeqId> {
         self.open

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use auth::Secret;
 use cluster::proto::ClusterStatus;
-use cluster::{Policy, Shape, Shortage};
+use cluster::{PROTOCOL, Policy, Shape, Shortage};
 use coordinator::{
     Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineError, EngineEvent, State, Submission,
 };
@@ -16,6 +16,7 @@ use fake::{Fake, continuation};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::transport::Server;
 
@@ -36,7 +37,7 @@ impl Cluster {
         let secret = Secret::random();
         let mut config = CoordinatorConfig::new(width, secret.clone());
         change(&mut config);
-        let (handle, service) = Coordinator::start(config);
+        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let server = Server::builder().add_service(service.into_server());
@@ -173,7 +174,9 @@ async fn another_protocol_is_refused_naming_both() {
     let cluster = Cluster::start(1).await;
     let end = Fake { protocol: 99, ..cluster.fake(1) }.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::FailedPrecondition);
-    let expected = "the coordinator speaks protocol 2, the worker protocol 99: run the same version on both";
+    let expected = format!(
+        "the coordinator speaks protocol {PROTOCOL}, the worker protocol 99: run the same version on both"
+    );
     assert_eq!(end.message(), expected);
 }
 

@@ -175,8 +175,14 @@ impl Drop for Answer {
 
 /// What a client is told of an engine's error.
 pub(crate) fn engine_status(error: EngineError) -> Status {
-    match error {
+    let mut status = match &error {
         EngineError::Invalid(reason) => Status::invalid_argument(reason),
-        EngineError::Unavailable(reason) => Status::unavailable(reason),
+        EngineError::Unavailable(_) | EngineError::Standby(_) => Status::unavailable(error.to_string()),
+    };
+    if let EngineError::Standby(Some(leader)) = &error
+        && let Ok(leader) = leader.parse()
+    {
+        status.metadata_mut().insert(cluster::LEADER_METADATA, leader);
     }
+    status
 }

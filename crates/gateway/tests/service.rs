@@ -257,6 +257,20 @@ async fn without_a_model_it_is_unavailable_but_still_tokenizes() {
 }
 
 #[tokio::test]
+async fn who_stands_by_tells_where_the_leader_is() {
+    let mut gateway = Gateway::start(nano(), Err(EngineError::Standby(Some("host1:7070".into())))).await;
+    let status = gateway.refusal(text("a")).await;
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(status.message(), "this coordinator stands by: the leader is at host1:7070");
+    let leader = status.metadata().get(cluster::LEADER_METADATA).expect("it is told");
+    assert_eq!(leader, "host1:7070");
+    gateway.set_model(Err(EngineError::Standby(None)));
+    let status = gateway.refusal(text("a")).await;
+    assert_eq!(status.message(), "this coordinator stands by: no leader is known yet");
+    assert!(status.metadata().get(cluster::LEADER_METADATA).is_none());
+}
+
+#[tokio::test]
 async fn text_goes_to_tokens_and_back() {
     let mut gateway = start().await;
     let long = "In the beginning 牀前明月光. ".repeat(2000);

@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use auth::Secret;
+use cluster::registry::Registry;
 use comm::CollectiveChoice;
 use kernels::CudaOptions;
 use model::ModelOptions;
@@ -26,11 +28,20 @@ pub enum Device {
     },
 }
 
+/// Where a worker finds its coordinator.
+#[derive(Debug, Clone)]
+pub enum Coordinators {
+    /// There is one, at this `host:port`.
+    At(String),
+    /// There may be several: the one that leads says so in the registry, and the worker has an entry there.
+    Elected(Arc<dyn Registry>),
+}
+
 /// How one worker runs.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
-    /// `host:port` of the coordinator.
-    pub coordinator: String,
+    /// Where its coordinator is.
+    pub coordinator: Coordinators,
     /// What the cluster's processes know.
     pub secret: Secret,
     /// Where its collectives listen; port 0 takes a free one.

@@ -3,6 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 
+use cluster::registry::RegistryError;
+
 /// What joining again would not change.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -23,10 +25,13 @@ pub enum WorkerError {
     /// Not an address.
     #[error("'{0}' is not an address such as localhost:7000")]
     Address(String),
+    /// The registry does not tell who leads.
+    #[error("cannot learn which coordinator leads")]
+    Registry(#[source] RegistryError),
     /// Nobody answered.
     #[error("no coordinator at {address} for {seconds} s: {reason}")]
     NoCoordinator {
-        /// Where.
+        /// Where, or where that would be said.
         address: String,
         /// How long it was tried.
         seconds: u64,

@@ -58,7 +58,7 @@ mod built_in {
         }
         let site = Site::open(&config, &gpu)?;
         drop(gpu);
-        let identity = identity(config, &site);
+        let identity = identity(config, &site).await?;
         serve_until(&identity, CudaLoad { site, options, collective }, shutdown).await
     }
 

@@ -22,6 +22,7 @@ use tracing::debug;
 
 use crate::WorkerError;
 use crate::vitals::Vitals;
+use crate::whereabouts::{Leader, Whereabouts};
 
 /// One try, from connecting to being welcomed.
 const TRY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,7 +38,7 @@ const SHORTEST_BEAT: Duration = Duration::from_millis(10);
 /// Who wants to join, and where.
 #[derive(Debug)]
 pub(crate) struct Identity {
-    pub(crate) coordinator: String,
+    pub(crate) coordinator: Whereabouts,
     pub(crate) secret: Secret,
     pub(crate) collective_address: String,
     pub(crate) host: String,
@@ -49,6 +50,7 @@ pub(crate) struct Identity {
 /// A Join stream on which both sides have proven themselves. Heartbeats go out until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Joined {
+    pub(crate) leader: Leader,
     pub(crate) worker: WorkerId,
     pub(crate) session: Session,
     pub(crate) service: ClusterClient<Channel>,
@@ -68,21 +70,23 @@ enum Failure {
 
 /// Tries until the coordinator has been out of reach for `join_timeout`. A refusal is final.
 pub(crate) async fn join(identity: &Identity) -> Result<Joined, WorkerError> {
-    let endpoint = endpoint(&identity.coordinator)?;
     let deadline = Instant::now() + identity.join_timeout;
     let mut pause = FIRST_PAUSE;
     loop {
-        let reason = match timeout(TRY_TIMEOUT, attempt(&endpoint, identity)).await {
-            Ok(Ok(joined)) => return Ok(joined),
-            Ok(Err(Failure::Final(error))) => return Err(error),
-            Ok(Err(Failure::Passing(reason))) => reason,
-            Err(_) => format!("no answer within {TRY_TIMEOUT:?}"),
+        let reason = match identity.coordinator.leader().await {
+            None => "none leads at present".to_owned(),
+            Some(leader) => match timeout(TRY_TIMEOUT, attempt(leader, identity)).await {
+                Ok(Ok(joined)) => return Ok(joined),
+                Ok(Err(Failure::Final(error))) => return Err(error),
+                Ok(Err(Failure::Passing(reason))) => reason,
+                Err(_) => format!("no answer within {TRY_TIMEOUT:?}"),
+            },
         };
         debug!(reason, "not joined yet");
         if Instant::now() + pause > deadline {
             let seconds = identity.join_timeout.as_secs();
             return Err(WorkerError::NoCoordinator {
-                address: identity.coordinator.clone(),
+                address: identity.coordinator.to_string(),
                 seconds,
                 reason,
             });
@@ -119,7 +123,12 @@ fn endpoint(address: &str) -> Result<Endpoint, WorkerError> {
         .keep_alive_while_idle(true))
 }
 
-async fn attempt(endpoint: &Endpoint, identity: &Identity) -> Result<Joined, Failure> {
+async fn attempt(leader: Leader, identity: &Identity) -> Result<Joined, Failure> {
+    let endpoint = endpoint(&leader.address).map_err(|error| match leader.term {
+        None => Failure::Final(error),
+        // Another leader may say where it is.
+        Some(_) => Failure::Passing(error.to_string()),
+    })?;
     let channel = endpoint.connect().await.map_err(|error| Failure::Passing(with_causes(&error)))?;
     let mut service = ClusterClient::new(channel).max_decoding_message_size(COORDINATOR_MESSAGE_LIMIT);
     let (up, messages) = mpsc::channel(BUFFERED);
@@ -139,14 +148,14 @@ async fn attempt(endpoint: &Endpoint, identity: &Identity) -> Result<Joined, Fai
     let theirs = nonce("challenge.nonce", &challenge.nonce).map_err(|error| refused(error.to_string()))?;
     let session = Session::new(identity.secret.clone(), ours, theirs);
     if !session.verify_coordinator(&challenge.proof) {
-        return Err(Failure::Final(WorkerError::Secret(identity.coordinator.clone())));
+        return Err(Failure::Final(WorkerError::Secret(leader.address)));
     }
     send(&up, Up::Proof(session.worker_proof())).await;
     let Down::Welcome(welcome) = receive(&mut down).await? else { return Err(unexpected("welcome")) };
     let vitals = Arc::new(Vitals::default());
     let every = Duration::from_millis(welcome.heartbeat_millis.into()).max(SHORTEST_BEAT);
     tokio::spawn(beat(up.downgrade(), every, vitals.clone()));
-    Ok(Joined { worker: WorkerId(welcome.worker_id), session, service, up, down, vitals })
+    Ok(Joined { leader, worker: WorkerId(welcome.worker_id), session, service, up, down, vitals })
 }
 
 /// Says that this worker lives and how far it is, for as long as somebody else holds the sender.

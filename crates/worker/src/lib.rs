@@ -12,6 +12,7 @@ mod join;
 mod load;
 mod session;
 mod vitals;
+mod whereabouts;
 
 #[cfg(test)]
 mod tests;
@@ -20,15 +21,17 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::registry::members::WorkerEntry;
 use kernels::Cpu;
 use tracing::{info, warn};
 
-pub use config::{Device, WorkerConfig};
+pub use config::{Coordinators, Device, WorkerConfig};
 pub use error::WorkerError;
 
 use crate::join::Identity;
 use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
+use crate::whereabouts::Whereabouts;
 
 /// Pauses before a worker joins again that was not of use the last time.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
@@ -40,23 +43,23 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
         Device::Cpu { threads } => {
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
             let site = Site::open(&config, &backend)?;
-            let identity = identity(config, &site);
+            let identity = identity(config, &site).await?;
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
         }
         Device::Cuda { options, collective } => gpu::run(config, options, collective, shutdown).await,
     }
 }
 
-fn identity(config: WorkerConfig, site: &Site) -> Identity {
-    Identity {
-        coordinator: config.coordinator,
+async fn identity(config: WorkerConfig, site: &Site) -> Result<Identity, WorkerError> {
+    Ok(Identity {
+        coordinator: Whereabouts::open(&config.coordinator).await?,
         secret: config.secret,
         collective_address: site.address.clone(),
         host: config.advertised_host,
         report: site.report.clone(),
         resources: site.resources.clone(),
         join_timeout: config.join_timeout,
-    }
+    })
 }
 
 async fn serve_until(
@@ -64,20 +67,33 @@ async fn serve_until(
     load: impl Load,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
-    tokio::select! {
+    let registration = identity.coordinator.register(WorkerEntry {
+        host: identity.host.clone(),
+        collective_address: identity.collective_address.clone(),
+        model: identity.report.name.clone(),
+        fingerprint: identity.report.fingerprint.clone(),
+    });
+    let result = tokio::select! {
         result = serve(identity, load) => result,
         () = shutdown => Ok(()),
+    };
+    if let Some(registration) = registration {
+        registration.end().await;
     }
+    result
 }
 
 /// Joins again and again; see [`run`].
 async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError> {
     let load = Arc::new(load);
     let mut pause = Duration::ZERO;
+    let mut latest_term = 0;
     loop {
         let joined = join::join(identity).await?;
-        info!(coordinator = identity.coordinator, worker = %joined.worker, "joined");
-        match session::serve(joined, load.clone()).await {
+        let leader = joined.leader.clone();
+        info!(coordinator = leader.address, worker = %joined.worker, "joined");
+        let superseded = identity.coordinator.superseded(&leader);
+        match session::serve(joined, load.clone(), &mut latest_term, superseded).await {
             End::Final(error) => return Err(error),
             End::Again { reason, served } => {
                 // The first time at once: most likely another process was lost.

@@ -1,5 +1,6 @@
 //! One membership: assignments, plans and outputs, until the worker or the coordinator gives it up.
 
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,9 +36,18 @@ pub(crate) enum End {
     Final(WorkerError),
 }
 
-/// Takes part until the end.
-pub(crate) async fn serve<L: Load>(joined: Joined, load: Arc<L>) -> End {
-    let mut membership = Membership { joined, load, latest: Epoch::default(), rank: None, served: false };
+/// Takes part until the end, which is also when the coordinator is `superseded`. `latest_term` is the highest term that any
+/// coordinator had this worker serve in, before and after.
+pub(crate) async fn serve<L: Load>(
+    joined: Joined,
+    load: Arc<L>,
+    latest_term: &mut u64,
+    superseded: impl Future<Output = ()>,
+) -> End {
+    let superseded = pin!(superseded);
+    let latest = Epoch::default();
+    let mut membership =
+        Membership { joined, load, superseded, latest_term, latest, rank: None, served: false };
     let end = loop {
         if let Err(end) = membership.advance().await {
             break end;
@@ -47,9 +57,13 @@ pub(crate) async fn serve<L: Load>(joined: Joined, load: Arc<L>) -> End {
     end
 }
 
-struct Membership<L> {
+struct Membership<'a, L, S> {
     joined: Joined,
     load: Arc<L>,
+    /// Ends when another coordinator leads.
+    superseded: Pin<&'a mut S>,
+    /// A coordinator of a lower term leads no more, whatever it thinks.
+    latest_term: &'a mut u64,
     /// The highest epoch that was assigned: a lower one is not taken after it.
     latest: Epoch,
     rank: Option<Rank>,
@@ -91,10 +105,10 @@ impl Rank {
     }
 }
 
-impl<L: Load> Membership<L> {
+impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
     /// Waits for the next thing to happen, and does what it asks for.
     async fn advance(&mut self) -> Result<(), End> {
-        let Self { joined, rank, .. } = self;
+        let Self { joined, rank, superseded, .. } = self;
         let heard = async {
             match rank {
                 Some(rank) => (rank.epoch, rank.hear().await),
@@ -103,6 +117,7 @@ impl<L: Load> Membership<L> {
         };
         tokio::select! {
             message = joined.down.message() => self.obey(message).await,
+            () = superseded => Err(self.lost("another one leads now")),
             (epoch, heard) = heard => match heard {
                 Heard::Progress(progress) => self.report(epoch, progress).await,
                 Heard::Frame(frame) => {
@@ -132,10 +147,7 @@ impl<L: Load> Membership<L> {
         };
         match message {
             Down::Assignment(assignment) => match Assignment::try_from(assignment) {
-                Ok(assignment) => {
-                    self.take(assignment).await;
-                    Ok(())
-                }
+                Ok(assignment) => self.take(assignment).await,
                 Err(malformed) => Err(self.lost(&malformed.to_string())),
             },
             Down::Abandon(epoch) => {
@@ -151,20 +163,31 @@ impl<L: Load> Membership<L> {
     }
 
     /// Begins with the group's next epoch.
-    async fn take(&mut self, assignment: Assignment) {
+    async fn take(&mut self, assignment: Assignment) -> Result<(), End> {
         let epoch = assignment.epoch;
+        if epoch.term < *self.latest_term {
+            let reason = format!(
+                "this worker has served in term {}, and takes no earlier one ({}): another coordinator leads, or led later",
+                self.latest_term, epoch.term
+            );
+            self.fail(epoch, &reason, None).await;
+            self.farewell().await;
+            return Err(End::Again { reason, served: false });
+        }
         if epoch <= self.latest {
             warn!(%epoch, latest = %self.latest, "dropped an assignment of a past epoch");
-            return;
+            return Ok(());
         }
         self.leave_group().await;
         self.latest = epoch;
+        *self.latest_term = epoch.term;
         let (rank, width) = (assignment.rank, assignment.members.len());
         info!(%epoch, rank, width, units = ?assignment.members[rank].units, "assigned");
         match ExecutorThread::start(self.load.clone(), assignment, self.joined.vitals.clone()) {
             Ok(thread) => self.rank = Some(Rank { epoch, thread, steps: None }),
             Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}"), None).await,
         }
+        Ok(())
     }
 
     /// News of the executor thread.

@@ -13,6 +13,7 @@ use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
     Challenge, CoordinatorMessage, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
 };
+use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{
     Activity, Assignment, Member, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
     encode_plan,
@@ -28,7 +29,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::join::Identity;
 use crate::load::Load;
-use crate::{WorkerError, serve};
+use crate::whereabouts::Whereabouts;
+use crate::{Coordinators, WorkerError, serve};
 
 /// How often a heartbeat is asked for.
 const BEAT_MILLIS: u32 = 20;
@@ -169,6 +171,15 @@ struct Scene {
 
 impl Scene {
     async fn start(load: FakeLoad) -> Self {
+        let secret = Secret::random();
+        let (address, mut scene) = Self::without_worker(&secret).await;
+        let identity = identity(&address, &secret);
+        scene.worker = tokio::spawn(async move { serve(&identity, load).await });
+        scene
+    }
+
+    /// A coordinator, and where it listens.
+    async fn without_worker(secret: &Secret) -> (String, Self) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let (joins, joins_receiver) = mpsc::channel(4);
@@ -176,10 +187,9 @@ impl Scene {
         let server =
             tonic::transport::Server::builder().add_service(ClusterServer::new(Hand { joins, steps }));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        let secret = Secret::random();
-        let identity = identity(&address.to_string(), &secret);
-        let worker = tokio::spawn(async move { serve(&identity, load).await });
-        Self { secret, joins: joins_receiver, steps: steps_receiver, worker }
+        let worker = tokio::spawn(std::future::pending());
+        let scene = Self { secret: secret.clone(), joins: joins_receiver, steps: steps_receiver, worker };
+        (address.to_string(), scene)
     }
 
     async fn join(&mut self) -> JoinWire {
@@ -251,8 +261,12 @@ impl JoinWire {
     }
 
     async fn assign(&self, counter: u64) {
+        self.assign_epoch(epoch(counter)).await;
+    }
+
+    async fn assign_epoch(&self, epoch: Epoch) {
         let members = vec![Member { address: "here:1".into(), units: 0..4 }];
-        let assignment = Assignment { epoch: epoch(counter), group: "fake".into(), rank: 0, members };
+        let assignment = Assignment { epoch, group: "fake".into(), rank: 0, members };
         self.say(Down::Assignment(assignment.into())).await;
     }
 
@@ -450,6 +464,49 @@ async fn a_lost_coordinator_is_joined_again() {
     let (mut wire, _) = scene.welcome().await;
     wire.assign(1).await;
     wire.ready(1).await;
+}
+
+#[tokio::test]
+async fn a_coordinator_of_an_earlier_term_is_left() {
+    let mut scene = Scene::start(FakeLoad::default()).await;
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign_epoch(Epoch { term: 7, counter: 1 }).await;
+    assert!(matches!(wire.hear().await, Up::Ready(_)));
+    drop(wire);
+    // The one that led before has not noticed.
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign_epoch(Epoch { term: 6, counter: 9 }).await;
+    let Up::Failed(failed) = wire.hear().await else { panic!("it takes the assignment") };
+    assert!(failed.reason.contains("has served in term 7, and takes no earlier one (6)"), "{failed:?}");
+    drop(wire);
+    let (mut wire, _) = scene.welcome().await;
+    wire.assign_epoch(Epoch { term: 8, counter: 1 }).await;
+    assert!(matches!(wire.hear().await, Up::Ready(_)));
+}
+
+#[tokio::test]
+async fn the_leader_of_the_registry_is_joined_and_left_for_a_later_one() {
+    let registry = Arc::new(MemoryRegistry::new(&"test".parse::<ClusterName>().expect("a name")));
+    let secret = Secret::random();
+    let coordinators = Coordinators::Elected(registry.clone());
+    let coordinator = Whereabouts::open(&coordinators).await.expect("it answers");
+    let identity = Identity { coordinator, ..identity("unused:1", &secret) };
+    tokio::spawn(async move { serve(&identity, FakeLoad::default()).await });
+    let lease = registry.lease(LEASE).await.expect("it answers");
+    // Each stays where it is: only the registry tells that it leads no more.
+    let mut coordinators = Vec::new();
+    for term in 5..8 {
+        let (address, mut scene) = Scene::without_worker(&secret).await;
+        let leader = format!(
+            "{{\"term\": {term}, \"candidate\": \"x\", \"clients\": \"nowhere:1\", \"workers\": \"{address}\"}}"
+        );
+        let elect = Transaction::default().put("election/leader", leader.into(), Some(lease.id()));
+        registry.transact(elect).await.expect("it answers");
+        let (mut wire, _) = scene.welcome().await;
+        wire.assign_epoch(Epoch { term, counter: 1 }).await;
+        assert!(matches!(wire.hear().await, Up::Ready(_)));
+        coordinators.push((scene, wire));
+    }
 }
 
 #[tokio::test]
