@@ -2,5 +2,8 @@
 
 pub mod etcd;
 pub mod golden;
+pub mod link;
+pub mod members;
 pub mod process;
 pub mod ranks;
+pub mod streams;

@@ -28,9 +28,27 @@ pub struct Program(pub &'static str);
 impl Program {
     /// A command line that has not been started.
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Invocation {
+        self.invocation(Command::new(self.0), args)
+    }
+
+    /// The same in a network namespace.
+    pub fn command_in<A: AsRef<OsStr>>(
+        &self,
+        namespace: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Invocation {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace, self.0]);
+        self.invocation(command, args)
+    }
+
+    fn invocation<A: AsRef<OsStr>>(
+        &self,
+        mut command: Command,
+        args: impl IntoIterator<Item = A>,
+    ) -> Invocation {
         static STARTS: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}-", std::process::id(), STARTS.fetch_add(1, Ordering::Relaxed));
-        let mut command = Command::new(self.0);
         command
             .args(args)
             .env(MARK, &mark)
@@ -141,6 +159,11 @@ impl Phalanx {
                 line.strip_prefix("workers join at ")?.split_once(", clients connect at ")?;
             Some((join.to_owned(), address.to_owned()))
         })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal to the program itself.

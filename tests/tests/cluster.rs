@@ -277,16 +277,6 @@ fn workers_leave_with_a_server_that_is_killed() {
 }
 
 #[test]
-fn a_server_ends_with_a_worker_that_is_killed() {
-    let (server, _) = serve(&["--workers", "2"]);
-    // The first one draws the progress bar.
-    let second =
-        server.workers().into_iter().find(|worker| !worker.args.contains("--progress")).expect("two workers");
-    second.signal(Signal::KILL);
-    server.end().failure(&["worker 1", "SIGKILL"]);
-}
-
-#[test]
 fn a_server_ends_with_a_worker_that_dies_at_the_start() {
     let server = PHALANX.command(["serve", "--grpc", "127.0.0.1:0", "--workers", "2"]).start();
     server.wait_for_workers(2)[0].signal(Signal::KILL);

@@ -41,7 +41,7 @@ impl Emulator {
             .env("LD_LIBRARY_PATH", libraries.to_str().expect("UTF-8"))
             .env("PHALANX_EMULATOR_DEVICES", &gpus.to_string())
             // All of it becomes KV cache.
-            .env("PHALANX_EMULATOR_MEMORY", &(1_u64 << 30).to_string())
+            .env("PHALANX_EMULATOR_MEMORY", &(5_u64 << 28).to_string())
             // As a GPU does: the host goes on while kernels wait for each other.
             .env("PHALANX_EMULATOR_BESIDE", "1")
             .env("PHALANX_KERNEL_CACHE", self.cache.path().to_str().expect("UTF-8"))

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use auth::Secret;
 use clap::Args;
-use cluster::Policy;
-use coordinator::{CoordinatorConfig, ModelInfo};
+use cluster::{Policy, Shortage};
+use coordinator::{CoordinatorConfig, ModelInfo, State};
 use engine::rank_ranges;
 use futures_util::future::select_all;
 use kernels::{Backend, Cpu};
@@ -114,9 +114,17 @@ impl Embedded {
 
     /// Waits until the cluster serves, or cannot. A worker that ends so early would not do better if it were started again.
     pub(crate) async fn ready(&mut self) -> Result<ModelInfo> {
+        let (workers, mut state) = (self.workers.len(), self.service.state());
         let ends = self.workers.iter_mut().map(|worker| Box::pin(worker.end()));
+        let in_vain = |state: &State| match state {
+            State::Waiting(shortage) => {
+                !matches!(shortage, Shortage::Workers { joined, .. } | Shortage::Memory { joined, .. } if *joined < workers)
+            }
+            _ => false,
+        };
         tokio::select! {
             ready = self.service.ready() => ready,
+            Ok(state) = state.wait_for(in_vain) => bail!("{}", *state),
             (end, ..) = select_all(ends) => bail!("{}; what it had to say is above", end?),
         }
     }

@@ -1,0 +1,241 @@
+//! What is lost while answers run costs no answer and no token: workers, links, several at once; and changes that were planned.
+//!
+//! Whole clusters of real processes on the CPU. Each test compares all tokens and their probabilities with those of a cluster that
+//! nothing happened to, and prints how long it took to notice, to form, to load, and to see the next token.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use client::{Client, ClusterStatus, Incident};
+use phalanx_tests::link::Link;
+use phalanx_tests::members::{FIRST, Members, rank_count, ranks};
+use phalanx_tests::process::{Program, Signal};
+use phalanx_tests::streams::{Answer, Ended, Streams};
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+const PHALANX: Program = Program(env!("CARGO_BIN_EXE_phalanx-under-test"));
+const STREAMS: u32 = 16;
+const TOKENS: u32 = 120;
+/// Answers that outlast a planned change.
+const MANY_TOKENS: u32 = 600;
+/// Answers that are lost with a worker would end with an error: nothing is asked for again.
+const AT_ONCE: Duration = Duration::ZERO;
+
+/// One test after the other, since they tell how long things take.
+async fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::const_new(());
+    TURN.lock().await
+}
+
+/// What clients get if nothing happens.
+async fn undisturbed() -> &'static [Answer] {
+    static ANSWERS: OnceCell<Vec<Answer>> = OnceCell::const_new();
+    let answers = ANSWERS.get_or_init(|| async {
+        let mut server = PHALANX.command(["serve", "--grpc", "127.0.0.1:0", "--workers", "1"]).start();
+        let address = server.served_at();
+        Streams::start(&address, STREAMS, 0, MANY_TOKENS, AT_ONCE).await.end().await.answers
+    });
+    answers.await
+}
+
+async fn streams(members: &Members) -> Streams {
+    Streams::start(&members.clients, STREAMS, 0, TOKENS, AT_ONCE).await
+}
+
+/// Waits for answers, which are what they would have been anyway.
+async fn answered(name: &str, streams: Streams) -> Ended {
+    let ended = streams.end().await;
+    for (seed, (answer, expected)) in ended.answers.iter().zip(undisturbed().await).enumerate() {
+        assert!(expected.tokens.starts_with(&answer.tokens), "{name}: other tokens of seed {seed}");
+    }
+    ended
+}
+
+/// Checks the answers, and prints what happened.
+async fn check(name: &str, streams: Streams, lost: Instant, status: impl AsyncFnOnce() -> ClusterStatus) {
+    let pause = answered(name, streams).await.pause_after(lost);
+    let status = status().await;
+    let incident = status.incidents.first().expect("an incident");
+    report(name, incident, pause);
+}
+
+/// On the standard error itself: a test that passes may say something too.
+fn report(name: &str, incident: &Incident, pause: Duration) {
+    let seconds = |micros: Option<u64>| micros.map_or("-".into(), |m| format!("{:.3} s", m as f64 / 1e6));
+    let line = format!(
+        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}; clients saw nothing for {:.3} s\n",
+        incident.ranks_before,
+        incident.ranks_after,
+        seconds(Some(incident.detect_micros)),
+        seconds(incident.form_micros),
+        seconds(incident.load_micros),
+        seconds(incident.recompute_micros),
+        pause.as_secs_f64(),
+    );
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_rank_in_turn_is_killed() {
+    let _turn = turn().await;
+    for rank in 0..3 {
+        let mut members = Members::start(PHALANX, &["--ranks", "3", "--min-ranks", "1"], 3);
+        members.width(3).await;
+        let mut streams = streams(&members).await;
+        streams.until(20).await;
+        let lost = Instant::now();
+        members.kill(members.ranks().await[rank]);
+        check(&format!("rank {rank} of 3 killed"), streams, lost, async || members.width(2).await).await;
+        members.end();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spare_takes_the_place_of_a_rank() {
+    let _turn = turn().await;
+    let mut members = Members::start(PHALANX, &["--ranks", "2"], 3);
+    let status = members.until("a spare", |status| status.serving && status.spares.len() == 1).await;
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    let lost = Instant::now();
+    members.kill(ranks(&status)[0]);
+    check("a rank killed, a spare there", running, lost, async || members.width(2).await).await;
+
+    // The spare is lost: nothing else happens.
+    let spare = members.add();
+    let before = members.until("a spare", |status| status.serving && status.spares.len() == 1).await;
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    members.kill(spare);
+    answered("a spare killed", running).await;
+    let after = members.until("no spare", |status| status.spares.is_empty()).await;
+    assert_eq!(after.groups[0].counter, before.groups[0].counter, "the group was formed anew for a spare");
+    members.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_stops_without_a_word() {
+    let _turn = turn().await;
+    let members = Members::start(PHALANX, &["--ranks", "3", "--min-ranks", "1"], 3);
+    members.width(3).await;
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    let stopped = members.ranks().await[1];
+    let lost = Instant::now();
+    members.signal(stopped, Signal::STOP);
+    check("rank 1 of 3 stopped", running, lost, async || members.width(2).await).await;
+    // It comes to itself, finds that it was given up, and joins again.
+    members.signal(stopped, Signal::CONT);
+    members.width(3).await;
+    members.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_link_of_a_rank_is_cut() {
+    let _turn = turn().await;
+    let far = 2;
+    let here: Vec<usize> = [1].into_iter().chain([FIRST, FIRST + 1]).collect();
+    let (link, network) = Link::make(&here, FIRST + far);
+    let shape = ["--ranks", "3", "--min-ranks", "1"];
+    let mut members = Members::start_in(PHALANX, &network, &shape, 2);
+    let (place, join) = link.place(members.host(far), &members.join);
+    members.add_at(&join, &place);
+    members.width(3).await;
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    let lost = Instant::now();
+    link.cut();
+    let name = format!("the link of a rank of 3 cut ({})", link.kind());
+    check(&name, running, lost, async || members.width(2).await).await;
+    members.kill(far);
+    members.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_ranks_are_lost_at_once_and_one_while_the_group_forms() {
+    let _turn = turn().await;
+    let mut members = Members::start(PHALANX, &["--ranks", "4", "--min-ranks", "1"], 4);
+    members.width(4).await;
+    let mut running = streams(&members).await;
+    running.until(15).await;
+    let ranks = members.ranks().await;
+    let lost = Instant::now();
+    members.kill(ranks[0]);
+    members.kill(ranks[2]);
+    check("two of 4 killed", running, lost, async || members.width(2).await).await;
+
+    for number in [ranks[0], ranks[2]] {
+        members.restart(number);
+    }
+    members.width(4).await;
+    let mut running = streams(&members).await;
+    running.until(15).await;
+    let counter = members.status().await.groups[0].counter;
+    let ranks = members.ranks().await;
+    let lost = Instant::now();
+    members.kill(ranks[3]);
+    members
+        .until("a group that forms", |status| {
+            status.groups.first().is_some_and(|group| group.counter > counter)
+        })
+        .await;
+    members.kill(ranks[1]);
+    check("a second one killed while 3 form", running, lost, async || members.width(2).await).await;
+    members.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn widths_change_under_load() {
+    let _turn = turn().await;
+    let mut members = Members::start(PHALANX, &["--ranks", "4", "--min-ranks", "1"], 4);
+    members.width(4).await;
+    undisturbed().await;
+    // From width to width, answers run all the time.
+    for width in [3, 1, 2, 4] {
+        let mut running = Streams::start(&members.clients, STREAMS, 0, MANY_TOKENS, AT_ONCE).await;
+        running.until(10).await;
+        let status = members.status().await;
+        let (now, there) = (rank_count(&status), ranks(&status));
+        for number in there.iter().take(now.saturating_sub(width)) {
+            members.leave(*number);
+        }
+        let away: Vec<usize> = (0..4).filter(|number| !there.contains(number)).collect();
+        for number in away.into_iter().take(width.saturating_sub(now)) {
+            members.restart(number);
+        }
+        let changed = Instant::now();
+        let name = format!("from width {now} to {width}");
+        members.width(width).await;
+        assert!(running.run(), "{name}: the answers were over before that");
+        let ended = answered(&name, running).await;
+        let status = members.status().await;
+        report(&name, status.incidents.first().expect("an incident"), ended.pause_after(changed));
+    }
+    members.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_s_own_workers_are_started_again() {
+    let _turn = turn().await;
+    let mut server = PHALANX.command(["serve", "--grpc", "127.0.0.1:0", "--workers", "2"]).start();
+    let address = server.served_at();
+    let client = Client::connect(&address).await.expect("a server");
+    let mut running = Streams::start(&address, STREAMS, 0, TOKENS, AT_ONCE).await;
+    running.until(20).await;
+    let before = server.workers();
+    let lost = Instant::now();
+    before[0].signal(Signal::KILL);
+    let status = async || loop {
+        let status = client.status().await.expect("a status");
+        if status.serving && status.incidents.len() >= 2 && rank_count(&status) == 2 {
+            return status;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    check("a worker of serve killed, and started again", running, lost, status).await;
+    assert_eq!(server.workers().len(), 2);
+    server.signal(Signal::TERM);
+    let ended = tokio::task::spawn_blocking(|| server.end()).await.expect("no panic");
+    assert!(ended.status.success() && ended.left.is_empty(), "{ended:?}");
+    assert!(ended.stderr.contains("is started again"), "{}", ended.stderr);
+}
