@@ -125,7 +125,8 @@ impl Cuda {
         for module in &loaded.modules {
             device.load(&module.image)?;
         }
-        let wide = if options.deterministic { None } else { Some(Wide::open(&device)?) };
+        let wide =
+            if options.deterministic { None } else { Some(Wide::open(&device, options.unpacked_bytes)?) };
         let weights = if options.weights == WeightFormat::Fp8 { "-fp8" } else { "" };
         let kind = if options.deterministic { "-deterministic" } else { "" };
         let chunk = if options.separate_allocations { 0 } else { ARENA_CHUNK_BYTES };

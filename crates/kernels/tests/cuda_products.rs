@@ -11,7 +11,15 @@ use kernels::{
     WeightFormat,
 };
 
-/// A weight `[n, k]` in the given format: its bits, 16 for bf16 and 8 for fp8.
+/// Bits of a weight's elements in the checkpoint, and what is made of 16.
+const FORMATS: [(usize, WeightFormat); 4] = [
+    (16, WeightFormat::AsStored),
+    (16, WeightFormat::Fp8),
+    (8, WeightFormat::AsStored),
+    (4, WeightFormat::AsStored),
+];
+
+/// A weight `[n, k]` of so many bits.
 fn made(gpu: &Cuda, bits: usize, n: usize, k: usize, random: &mut Random) -> kernels::cuda::Matrix {
     if bits > 8 {
         return weight(gpu, n, k, SourceType::Bf16, DType::Bf16, random);
@@ -59,12 +67,7 @@ fn long_rows_are_the_same_bits_for_few_and_many_rows() {
     if !gpu::present() {
         return;
     }
-    for (bits_of, format) in [
-        (16, WeightFormat::AsStored),
-        (16, WeightFormat::Fp8),
-        (4, WeightFormat::AsStored),
-        (8, WeightFormat::AsStored),
-    ] {
+    for (bits_of, format) in FORMATS {
         let mut gpu =
             gpu::open_with(CudaOptions { deterministic: true, weights: format, ..CudaOptions::default() });
         let k = 17 * 512 + 136;
@@ -160,5 +163,26 @@ fn rows_in_several_turns() {
     for first in [0, 120, 136, 250, 260] {
         let part = sums(&mut gpu, &x[first..first + 5], &here, n).unwrap();
         assert!(bits(&part) == bits(&whole[first..first + 5]), "rows from {first} on");
+    }
+}
+
+/// Weights that are unpacked in several slices, whose borders are none of weights, tiles or units.
+#[test]
+fn slices_multiply_as_the_whole_does() {
+    if !gpu::present() {
+        return;
+    }
+    let rows = 512;
+    for (bits_of, weights) in FORMATS {
+        let results = [128 << 20, 0, 2 * 128 * 2 * 72, 2 * 128 * 2 * 208].map(|unpacked_bytes| {
+            let mut gpu = gpu::open_with(CudaOptions { unpacked_bytes, weights, ..CudaOptions::default() });
+            let mut random = Random::new(4);
+            let columns = [100, 45, 7, 200].map(|n| made(&gpu, bits_of, n, 72, &mut random));
+            let units = [64, 136, 8].map(|k| made(&gpu, bits_of, 300, k, &mut random));
+            let side_by_side = product(&mut gpu, &random.rows(rows, 72), &columns, 352);
+            let summed = sums(&mut gpu, &random.rows(rows, 208), &units, 300).unwrap();
+            [bits(&side_by_side), bits(&summed)]
+        });
+        assert!(results.iter().all(|other| *other == results[0]), "{bits_of} bits, {weights:?}");
     }
 }
