@@ -36,6 +36,9 @@ pub(crate) struct EmbeddedArgs {
     /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many; with --device cuda, one for each GPU]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
+    /// Workers say nothing unless something is wrong.
+    #[arg(skip)]
+    pub(crate) quiet: bool,
 }
 
 /// A running cluster.
@@ -81,7 +84,10 @@ impl Embedded {
         let service = Service::start(config, grpc, cluster, tokenizer)?;
         let workers = (0..width)
             .map(|index| {
-                let model = args.model.command_line(index, width)?;
+                let mut model = args.model.command_line(index, width)?;
+                if args.quiet {
+                    model.push("--quiet".into());
+                }
                 spawn_worker(&model, service.cluster, &secret, index == 0)
             })
             .collect::<Result<_>>()?;

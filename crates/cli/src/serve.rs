@@ -14,11 +14,12 @@ use crate::embedded::{Embedded, EmbeddedArgs};
 use crate::secret::SecretArgs;
 use crate::service::{self, Service};
 use crate::signals::Signals;
+use crate::stages::tell;
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
-    cluster: EmbeddedArgs,
+    pub(crate) cluster: EmbeddedArgs,
     /// Address of the public gRPC service
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     grpc: SocketAddr,
@@ -72,6 +73,9 @@ pub(crate) struct WorkerArgs {
     /// Draw a progress bar while loading
     #[arg(long)]
     progress: bool,
+    /// Do not tell where a GPU's memory went
+    #[arg(long)]
+    quiet: bool,
     /// End when the standard input does: for workers that another process starts
     #[arg(long, hide = true)]
     leave_with_stdin: bool,
@@ -136,6 +140,7 @@ impl CoordinatorArgs {
 
 impl WorkerArgs {
     pub(crate) async fn run(self) -> Result<()> {
+        tracing::info!(target: worker::STAGE, "worker started");
         self.model.check()?;
         let config = WorkerConfig {
             coordinator: self.coordinator,
@@ -146,6 +151,7 @@ impl WorkerArgs {
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),
+            announce: if self.quiet { |_| {} } else { tell },
         };
         if self.leave_with_stdin {
             leave_with_stdin();

@@ -29,6 +29,10 @@ use crate::join::Identity;
 use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
 
+/// Target of events that tell what part of a start is done: their messages are `device opened`, `joined`, `connected` and
+/// `weights loaded`.
+pub const STAGE: &str = "stage";
+
 /// Pauses before a worker joins again that was not of use the last time.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -38,6 +42,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
     match config.device.clone() {
         Device::Cpu { threads } => {
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
+            info!(target: STAGE, "device opened");
             let site = Site::open(&config, backend.path())?;
             let identity = identity(config, &site);
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
@@ -75,6 +80,7 @@ async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError>
     loop {
         let joined = join::join(identity).await?;
         info!(coordinator = identity.coordinator, worker = %joined.worker, "joined");
+        info!(target: STAGE, "joined");
         match session::serve(joined, load.clone()).await {
             End::Final(error) => return Err(error),
             End::Again { reason, served } => {

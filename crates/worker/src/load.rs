@@ -8,8 +8,9 @@ use cluster::{Assignment, ModelReport};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, TcpTransport};
 use kernels::Cpu;
 use model::{Executor, ModelExecutor, ModelSource};
+use tracing::info;
 
-use crate::{WorkerConfig, WorkerError};
+use crate::{STAGE, WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
 pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
@@ -89,6 +90,9 @@ impl Load for CpuLoad {
         let ranges = ranges(assignment);
         let transport = self.site.form(assignment, abort)?;
         let collective = MeshCollective::new(transport, ranges.clone())?;
-        self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)
+        info!(target: STAGE, "connected");
+        let executor = self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)?;
+        info!(target: STAGE, "weights loaded");
+        Ok(executor)
     }
 }
