@@ -189,10 +189,30 @@ fn bench_load_tells_the_share_of_plain_reading() {
 
 #[test]
 fn bench_start_waits_until_it_serves_and_leaves_nothing() {
-    let ended = PHALANX.run(["bench", "start", "--runs", "2", "--json", "--workers", "1", "--threads", "1"]);
+    let ended = PHALANX.run(["bench", "start", "--runs", "2", "--json", "--workers", "2", "--threads", "1"]);
     let figures = json(&ended.success());
     assert_finite("figures", &figures);
-    assert_eq!(keys(&figures), ["options", "first_seconds", "later_seconds"]);
-    assert_eq!(figures["options"], json(r#"["--workers", "1", "--threads", "1"]"#));
+    let of_start = [
+        "options",
+        "cold",
+        "first_seconds",
+        "later_seconds",
+        "stages",
+        "loading",
+        "first_answer",
+        "second_answer",
+    ];
+    assert_eq!(keys(&figures), of_start);
+    assert_eq!(figures["options"], json(r#"["--workers", "2", "--threads", "1"]"#));
+    let stages = figures["stages"].as_array().expect("an array");
+    let names: Vec<_> = stages.iter().map(|stage| stage["name"].as_str().expect("a name")).collect();
+    let in_order = ["worker started", "device opened", "joined", "connected", "weights loaded", "serving"];
+    assert_eq!(names, in_order);
+    let sum: f64 = stages.iter().map(|stage| stage["first_seconds"].as_f64().expect("a number")).sum();
+    assert!((sum - figures["first_seconds"].as_f64().expect("a number")).abs() < 1e-9);
+    assert_eq!(keys(&figures["loading"]), ["bytes", "read_seconds", "load_gb_s", "read_gb_s", "share"]);
+    let told = PHALANX.run(["bench", "start", "--runs", "1", "--cold", "--workers", "1"]).success();
+    assert!(names.iter().all(|name| told.contains(name)) && told.contains("from the disk"), "{told}");
     PHALANX.run(["bench", "start", "--model", "/nowhere"]).failure(&["before it served"]);
+    PHALANX.run(["bench", "start", "--workers", "1", "--json"]).failure(&["options of serve", "'--json'"]);
 }

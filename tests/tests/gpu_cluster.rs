@@ -225,3 +225,54 @@ async fn an_answer_outlives_a_worker_whose_memory_is_shared() {
 async fn an_answer_outlives_a_worker_connected_by_nccl() {
     an_answer_outlives_a_worker("nccl").await;
 }
+
+/// A number of bytes as the line tells it, in MiB.
+fn mebibytes(text: &str) -> f64 {
+    match text.split_once(' ') {
+        Some((number, "MiB")) => number.parse().expect("a number"),
+        Some((number, "GiB")) => number.parse::<f64>().expect("a number") * 1024.0,
+        _ => panic!("{text}: not a size"),
+    }
+}
+
+#[test]
+fn workers_tell_where_memory_went_and_what_context_fits() {
+    let Some(emulator) = Emulator::find() else { return };
+    let args = ["serve", "--grpc", "127.0.0.1:0", "--device", "cuda", "--kv-memory", "10MiB"];
+    let mut server = emulator.command(2, &args).env("RUST_LOG", "error").start();
+    server.line(|line| line.starts_with("serving yi-nano on 2 workers").then_some(()));
+    server.signal(Signal::TERM);
+    let told = server.end().stderr;
+    // Whoever joins first is rank 0.
+    let lines: Vec<_> = told.lines().filter(|line| line.contains(" on cuda:")).collect();
+    assert_eq!(lines.len(), 2, "{told}");
+    for number in 0..2 {
+        for named in [format!("rank {number} on "), format!(" on cuda:{number}, Phalanx emulator: ")] {
+            assert_eq!(lines.iter().filter(|line| line.contains(&named)).count(), 1, "{named}: {told}");
+        }
+    }
+    for line in lines {
+        let (_, line) = line.split_once("emulator: ").expect("parts");
+        let part = |name: &str| {
+            let (_, rest) = line.split_once(name).unwrap_or_else(|| panic!("no {name}: {line}"));
+            rest.trim_start().split(',').next().expect("a size")
+        };
+        let (kv, tokens) = part("KV cache").split_once(" for ").expect("tokens");
+        // Of a token, a rank with 2 of 4 units keeps 5 layers · 2 heads · 32 elements of keys, and of values, in bf16.
+        assert_eq!(
+            (kv, tokens),
+            ("10.0 MiB", format!("{} tokens", (10 << 20) / (5 * 2 * 32 * 2 * 2)).as_str())
+        );
+        let (free, total) = part("free").split_once(" of ").expect("all of it");
+        let parts = ["weights", "activations", "work space", "driver and others"];
+        let sum: f64 =
+            parts.iter().map(|name| mebibytes(part(name))).sum::<f64>() + mebibytes(kv) + mebibytes(free);
+        // Each is rounded to a tenth.
+        assert!((sum - mebibytes(total)).abs() < 1.0, "{line}");
+    }
+    // An answer is all that this one is asked for.
+    let generate = [&GENERATE[..], &["--deterministic"]].concat();
+    let ended = emulator.command(1, &generate).env("RUST_LOG", "error").run();
+    assert!(!ended.stderr.contains("KV cache"), "{}", ended.stderr);
+    ended.success();
+}

@@ -1,5 +1,6 @@
 //! `phalanx bench`: what this machine reaches, as parts of what it could.
 
+mod files;
 mod gpu;
 mod load;
 mod spread;
@@ -17,7 +18,7 @@ pub(crate) enum BenchCommand {
     Gpu(gpu::GpuArgs),
     /// Loading a checkpoint, and the share of plain reading of its files that this reaches
     Load(load::LoadArgs),
-    /// Seconds from the start of `phalanx serve` until it serves
+    /// Seconds from the start of `phalanx serve` until it serves, by stages
     Start(start::StartArgs),
 }
 

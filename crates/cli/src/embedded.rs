@@ -42,6 +42,9 @@ pub(crate) struct EmbeddedArgs {
     /// How few ranks will do while a lost worker is started again, as long as weights and one context fit
     #[arg(long, value_name = "N", default_value_t = 1)]
     min_ranks: usize,
+    /// Workers say nothing unless something is wrong.
+    #[arg(skip)]
+    pub(crate) quiet: bool,
 }
 
 /// A running cluster.
@@ -94,7 +97,10 @@ impl Embedded {
         let memory = memory_of_each(args.model.device, workers)?;
         let workers = (0..workers)
             .map(|index| {
-                let model = args.model.command_line(index, workers)?;
+                let mut model = args.model.command_line(index, workers)?;
+                if args.quiet {
+                    model.push("--quiet".into());
+                }
                 Worker::start(CommandLine {
                     index,
                     model,

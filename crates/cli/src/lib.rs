@@ -14,6 +14,7 @@ mod secret;
 mod serve;
 mod service;
 mod signals;
+mod stages;
 mod status;
 mod target;
 
@@ -21,7 +22,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt};
 
 /// Serves Yi models on a cluster whose workers step together.
 ///
@@ -79,7 +82,8 @@ impl Command {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+    tracing_subscriber::registry().with(log).with(stages::layer()).init();
     match arguments.command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

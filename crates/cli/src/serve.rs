@@ -17,11 +17,12 @@ use crate::registry::RegistryArgs;
 use crate::secret::SecretArgs;
 use crate::service::{self, Candidacy, Service};
 use crate::signals::Signals;
+use crate::stages::tell;
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
-    cluster: EmbeddedArgs,
+    pub(crate) cluster: EmbeddedArgs,
     #[command(flatten)]
     liveness: LivenessArgs,
     /// Address of the public gRPC service
@@ -94,6 +95,9 @@ pub(crate) struct WorkerArgs {
     /// Draw a progress bar while loading
     #[arg(long)]
     progress: bool,
+    /// Do not tell where a GPU's memory went
+    #[arg(long)]
+    quiet: bool,
     /// End when the standard input does: for workers that another process starts
     #[arg(long, hide = true)]
     leave_with_stdin: bool,
@@ -171,6 +175,7 @@ impl CoordinatorArgs {
 
 impl WorkerArgs {
     pub(crate) async fn run(self) -> Result<()> {
+        tracing::info!(target: worker::STAGE, "worker started");
         self.model.check()?;
         let coordinator = match (self.coordinator, self.registry.open().await?) {
             (Some(address), _) => Coordinators::At(address),
@@ -188,6 +193,7 @@ impl WorkerArgs {
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),
+            announce: if self.quiet { |_| {} } else { tell },
         };
         if self.leave_with_stdin {
             leave_with_stdin();

@@ -35,7 +35,10 @@ impl TargetArgs {
                 result = work(client) => result,
             };
         }
-        let mut cluster = Embedded::start(&self.cluster, (Ipv4Addr::LOCALHOST, 0).into(), Ok).await?;
+        // An answer is what was asked for.
+        let mut args = self.cluster;
+        args.quiet = true;
+        let mut cluster = Embedded::start(&args, (Ipv4Addr::LOCALHOST, 0).into(), Ok).await?;
         let address = cluster.address().to_string();
         let result = tokio::select! {
             biased;

@@ -32,6 +32,10 @@ const FLAGS: &[&str] = &[
     "-Wno-unused-function",
 ];
 
+/// For kernels besides: an index outside of an array, a sum or a shift that overflows ends the process like a bad address.
+const CHECKS: &[&str] =
+    &["-fsanitize=bounds,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"];
+
 /// A C++ compiler and the folder that it works in.
 pub(crate) struct Compiler {
     command: Vec<String>,
@@ -63,7 +67,7 @@ impl Compiler {
         let Ok(macros) = ask.output() else { return Err(Absent(name)) };
         let mut hash = Sha256::new();
         hash.update(succeeded(&ask, macros).stdout);
-        hash.update(FLAGS.join(" "));
+        hash.update([FLAGS, CHECKS].concat().join(" "));
         let folders = [src.to_owned(), src.join("simt"), src.join("driver")];
         hash_files(&mut hash, folders.iter().flat_map(|folder| files(folder, "h")));
         let plain = hash.clone().finalize().to_vec();
@@ -170,7 +174,7 @@ impl Compiler {
             command.arg("-I").arg(include);
         }
         if matches!(kind(source), Kind::Simt) {
-            command.args(["-DPHALANX_EMULATOR", "-include", "simt.h"]);
+            command.args(CHECKS).args(["-DPHALANX_EMULATOR", "-include", "simt.h"]);
         }
         command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(&making);
         let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;

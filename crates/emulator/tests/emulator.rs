@@ -47,6 +47,8 @@ fn mistakes_end_the_process_with_a_sentence() {
         ("wrong_deadlock", "every thread waits for another one"),
         ("wrong_alignment", "not a multiple of 16"),
         ("wrong_address", "signal 11"),
+        ("wrong_index", "signal 4"),
+        ("wrong_sum", "signal 4"),
         ("wrong_shared_overrun", "outside the block's dynamic shared memory"),
         ("wrong_stack", "the thread's stack is full"),
     ];

@@ -134,7 +134,8 @@ impl Cuda {
         for module in &loaded.modules {
             device.load(&module.image)?;
         }
-        let wide = if options.deterministic { None } else { Some(Wide::open(&device)?) };
+        let wide =
+            if options.deterministic { None } else { Some(Wide::open(&device, options.unpacked_bytes)?) };
         let chunk = if options.separate_allocations { 0 } else { ARENA_CHUNK_BYTES };
         Ok(Self {
             warning: loaded.warning,
@@ -172,7 +173,7 @@ impl Cuda {
         let wide = if deterministic {
             None
         } else {
-            let mut wide = Wide::open(&self.device)?;
+            let mut wide = Wide::open(&self.device, self.options.unpacked_bytes)?;
             wide.reserve()?;
             Some(wide)
         };

@@ -13,6 +13,8 @@ pub struct CudaOptions {
     pub weights: WeightFormat,
     /// Decoding steps are recorded as CUDA graphs. Without, each kernel is launched by itself: the same bits, for comparison.
     pub graphs: bool,
+    /// Bytes of weights that a wide product unpacks at a time.
+    pub unpacked_bytes: usize,
     /// Every weight in an allocation of its own, so that tests notice an access beyond its end.
     pub separate_allocations: bool,
 }
@@ -25,6 +27,7 @@ impl Default for CudaOptions {
             memory_utilization: 0.9,
             weights: WeightFormat::AsStored,
             graphs: true,
+            unpacked_bytes: 128 << 20,
             separate_allocations: false,
         }
     }

@@ -60,4 +60,6 @@ pub struct WorkerConfig {
     pub memory: Option<u64>,
     /// How long a coordinator may be out of reach.
     pub join_timeout: Duration,
+    /// Is given what people should see without asking: where a GPU's memory went, whenever a share was loaded.
+    pub announce: fn(&str),
 }

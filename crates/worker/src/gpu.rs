@@ -33,13 +33,14 @@ mod built_in {
 
     use super::*;
     use crate::load::{FORM_LIMIT, Load, Site, ranges};
-    use crate::{identity, serve_until};
+    use crate::{STAGE, identity, serve_until};
 
     /// Shares on a GPU; ranks over what connects the GPUs.
     struct CudaLoad {
         site: Site,
         options: CudaOptions,
         collective: CollectiveChoice,
+        announce: fn(&str),
     }
 
     /// Serves until `shutdown`; see [`crate::run`].
@@ -51,6 +52,7 @@ mod built_in {
     ) -> Result<(), WorkerError> {
         // Opened here for its errors and its kernels, which are compiled now; the executor thread opens it for good.
         let gpu = Cuda::open(options.clone()).map_err(WorkerError::Device)?;
+        info!(target: STAGE, "device opened");
         let (free, total) = gpu.memory().map_err(WorkerError::Device)?;
         info!(gpu = gpu.name().map_err(WorkerError::Device)?, free, total, "found");
         if let Some(warning) = gpu.warning() {
@@ -58,8 +60,9 @@ mod built_in {
         }
         let site = Site::open(&config, &gpu)?;
         drop(gpu);
+        let announce = config.announce;
         let identity = identity(config, &site).await?;
-        serve_until(&identity, CudaLoad { site, options, collective }, shutdown).await
+        serve_until(&identity, CudaLoad { site, options, collective, announce }, shutdown).await
     }
 
     impl Load for CudaLoad {
@@ -83,8 +86,17 @@ mod built_in {
                 limit: FORM_LIMIT,
             };
             let collective = connect(&gpu, transport, ranges.clone(), options)?;
+            info!(target: STAGE, "connected");
             let mut executor = self.site.source.executor(gpu, &ranges, collective)?;
-            info!(memory = %executor.backend_mut().memory_report()?, "loaded");
+            executor.backend_mut().synchronize()?;
+            info!(target: STAGE, "weights loaded");
+            let gpu = executor.backend_mut();
+            let (rank, ordinal) = (assignment.rank, self.options.ordinal);
+            (self.announce)(&format!(
+                "rank {rank} on cuda:{ordinal}, {}: {}",
+                gpu.name()?,
+                gpu.memory_report()?
+            ));
             Ok(executor)
         }
     }

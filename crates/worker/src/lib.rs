@@ -33,6 +33,10 @@ use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
 use crate::whereabouts::Whereabouts;
 
+/// Target of events that tell what part of a start is done: their messages are `device opened`, `joined`, `connected` and
+/// `weights loaded`.
+pub const STAGE: &str = "stage";
+
 /// Pauses before a worker joins again that was not of use the last time.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -42,6 +46,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
     match config.device.clone() {
         Device::Cpu { threads } => {
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
+            info!(target: STAGE, "device opened");
             let site = Site::open(&config, &backend)?;
             let identity = identity(config, &site).await?;
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
@@ -92,6 +97,7 @@ async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError>
         let joined = join::join(identity).await?;
         let leader = joined.leader.clone();
         info!(coordinator = leader.address, worker = %joined.worker, "joined");
+        info!(target: STAGE, "joined");
         let superseded = identity.coordinator.superseded(&leader);
         match session::serve(joined, load.clone(), &mut latest_term, superseded).await {
             End::Final(error) => return Err(error),

@@ -8,8 +8,9 @@ use cluster::{Assignment, MemoryNeeds, ModelReport, Resources};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, TcpTransport};
 use kernels::{Backend, Cpu};
 use model::{Executor, ModelExecutor, ModelSource};
+use tracing::info;
 
-use crate::{Device, WorkerConfig, WorkerError};
+use crate::{Device, STAGE, WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
 pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
@@ -126,6 +127,9 @@ impl Load for CpuLoad {
     fn load(&self, assignment: &Assignment, transport: TcpTransport) -> Result<Self::Executor, model::Error> {
         let ranges = ranges(assignment);
         let collective = MeshCollective::new(transport, ranges.clone())?;
-        self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)
+        info!(target: STAGE, "connected");
+        let executor = self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)?;
+        info!(target: STAGE, "weights loaded");
+        Ok(executor)
     }
 }

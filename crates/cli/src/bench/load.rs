@@ -1,27 +1,20 @@
 //! `phalanx bench load`: how fast a checkpoint is loaded, beside how fast its files can be read at all.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::Args;
 use comm::{Collective, MeshCollective, local_group};
 use kernels::{Backend, Cpu};
 use model::{ModelOptions, ModelSource, readers};
-use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 use worker::Device;
 
+use super::files;
 use super::spread::Spread;
 use crate::args::ModelArgs;
-
-/// Bytes that a thread reads at a time.
-const BLOCK_BYTES: usize = 8 << 20;
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
@@ -61,19 +54,19 @@ impl LoadArgs {
     pub(super) fn run(self) -> Result<()> {
         self.model.check()?;
         let dir = self.model.dir()?;
-        let files = weight_files(&dir)?;
-        let bytes = files.iter().map(|(_, bytes)| bytes).sum();
+        let weights = files::weights(&dir)?;
+        let bytes = weights.iter().map(|(_, bytes)| bytes).sum();
         let (mut loads, mut reads) = (Vec::new(), Vec::new());
         if !self.cold {
-            read(&files)?;
+            files::read(&weights)?;
         }
         for _ in 0..self.runs {
             for (times, what) in [(&mut reads, None), (&mut loads, Some(&dir))] {
                 if self.cold {
-                    forget(&files)?;
+                    files::forget(&weights)?;
                 }
                 times.push(match what {
-                    None => read(&files)?,
+                    None => files::read(&weights)?,
                     Some(dir) => load(&self.model, dir)?,
                 });
             }
@@ -112,58 +105,6 @@ impl std::fmt::Display for Figures {
     }
 }
 
-/// The files of weights with their sizes.
-fn weight_files(dir: &Path) -> Result<Vec<(File, u64)>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            let file = File::open(&path).with_context(|| path.display().to_string())?;
-            let bytes = file.metadata().with_context(|| path.display().to_string())?.len();
-            files.push((file, bytes));
-        }
-    }
-    if files.is_empty() {
-        bail!("{}: no *.safetensors file", dir.display());
-    }
-    Ok(files)
-}
-
-/// Has the system forget what it keeps of the files.
-fn forget(files: &[(File, u64)]) -> Result<()> {
-    for (file, _) in files {
-        // What was written and is not on the disk yet would be kept.
-        file.sync_all().context("--cold")?;
-        fadvise(file, 0, None, Advice::DontNeed).context("--cold: the system does not forget the files")?;
-    }
-    Ok(())
-}
-
-/// Seconds of reading everything.
-fn read(files: &[(File, u64)]) -> Result<f64> {
-    let blocks: Vec<(usize, u64)> = files
-        .iter()
-        .enumerate()
-        .flat_map(|(file, (_, bytes))| (0..*bytes).step_by(BLOCK_BYTES).map(move |first| (file, first)))
-        .collect();
-    let next = AtomicUsize::new(0);
-    let reader = || -> Result<()> {
-        let mut buffer = vec![0; BLOCK_BYTES];
-        while let Some(&(index, first)) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let (file, bytes) = &files[index];
-            let count = usize::try_from(bytes - first).unwrap_or(usize::MAX).min(BLOCK_BYTES);
-            file.read_exact_at(&mut buffer[..count], first).context("reading the checkpoint's files")?;
-        }
-        Ok(())
-    };
-    let started = Instant::now();
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..readers()).map(|_| scope.spawn(reader)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic in a reader"))
-    })?;
-    Ok(started.elapsed().as_secs_f64())
-}
-
 /// Seconds of loading everything onto the device.
 fn load(args: &ModelArgs, dir: &Path) -> Result<f64> {
     match args.device() {
@@ -179,7 +120,9 @@ fn load(args: &ModelArgs, dir: &Path) -> Result<f64> {
             seconds(args, dir, kernels::Cuda::open(options)?, join, |gpu| gpu.synchronize())
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda { .. } => bail!("this phalanx was built without CUDA: build it with the feature `cuda`"),
+        Device::Cuda { .. } => {
+            anyhow::bail!("this phalanx was built without CUDA: build it with the feature `cuda`")
+        }
     }
 }
 

@@ -134,6 +134,16 @@ KERNEL(32, 1, wrong_address, (u32* out)) {
     out[threadIdx.x == 5 ? 1024 : 0] = 1;
 }
 
+KERNEL(32, 1, wrong_index, (u32* out)) {
+    u32 numbers[4] = {1, 2, 3, 4};
+    out[0] = numbers[4 + out[0]];
+}
+
+KERNEL(32, 1, wrong_sum, (u32* out)) {
+    i32 sum = 0x7fffffff + static_cast<i32>(threadIdx.x);
+    out[threadIdx.x] = sum > 0 ? 1 : 2;
+}
+
 KERNEL(32, 1, wrong_shared_overrun, (u32* out)) {
     out[0] = dynamic_shared<u32>()[64 + threadIdx.x];
 }

@@ -5,8 +5,7 @@
 //   total outputs [64][D] f32 (D = 128: 81920 bytes, 2 blocks on a multiprocessor of an A100 or H100).
 //   attention: see attend.cuh.
 //   tiles: u32 pairs (slice, first row): 64 rows of the slice, (token, head) as attend.cuh numbers them; first row is a
-//     multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Slice 0xffffffff: nothing to do.
-//     Tiles of many keys first.
+//     multiple of 64. A slice of tokens · group rows has ⌈tokens · group / 64⌉ tiles. Tiles of many keys first.
 //   scale: of the scores, f32, positive.
 //   out: bf16 [T, units · group · D].
 //
@@ -17,7 +16,6 @@
 static constexpr i32 WARPS = 4;
 static constexpr i32 THREADS = 32 * WARPS;
 static constexpr i32 TILES = 3;
-static constexpr u32 NO_SLICE = 0xffffffffu;
 
 // Pieces of a tile that a thread copies.
 template <i32 D> static constexpr i32 COPIES = BLOCK_KEYS * D / 8 / THREADS;
@@ -92,6 +90,7 @@ template <i32 D>
 static __device__ __forceinline__ void fold_values(float (&span)[D / 8][4], const Weights& weights, const u16* tile0,
                                                    const u16* tile1, Fold low, Fold high, i32 lane) {
     constexpr i32 TOGETHER = D == 16 ? 2 : 4;
+    static_assert(D / 8 % TOGETHER == 0, "columns come in full");
     i32 odd = lane / 4 % 2;
     i32 row = lane / 4 * BLOCK_KEYS + 8 * (lane % 4);
     const u16* groups[GROUPS] = {tile0 + row + 32 * odd, tile0 + row + 32 * (1 - odd), tile1 + row + 32 * odd,
@@ -138,15 +137,11 @@ static __device__ __forceinline__ void write_row(const Attention& attention, con
 
 template <i32 D>
 static __device__ __forceinline__ void attend_long(const Attention& attention, const u32* tiles, float scale, u16* out) {
-    u32 slice_index = tiles[2 * blockIdx.x];
-    if (slice_index == NO_SLICE) {
-        return;
-    }
     i32 tile_row = static_cast<i32>(tiles[2 * blockIdx.x + 1]);
     i32 lane = threadIdx.x % 32;
     i32 unit = static_cast<i32>(blockIdx.y);
     float exponent = exponent_of(scale);
-    SliceUnit slice = SliceUnit::at(attention, slice_index, unit);
+    SliceUnit slice = SliceUnit::at(attention, tiles[2 * blockIdx.x], unit);
     i32 rows = slice.tokens * attention.group;
     i32 first_row = tile_row + TILE_ROWS * (static_cast<i32>(threadIdx.x) / 32);
     // Keys that the tile's last row sees.

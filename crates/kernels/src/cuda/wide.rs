@@ -16,8 +16,6 @@ use crate::{DType, Result};
 /// From so many rows on a product is wide. By estimate: unpacking moves 4 bytes of memory for each weight, 1.3 ps on an H100, and the
 /// library, which has matrix instructions that our kernels do not use, saves about 2 fs for each weight and row.
 pub(crate) const WIDE_ROWS: usize = 512;
-/// Bytes of unpacked weights at a time, unless so many do not hold [`GRAIN`] rows.
-pub(crate) const UNPACKED_BYTES: usize = 128 << 20;
 /// Weight rows at a time are a multiple of this, so that the library's tiles are full and results aligned.
 const GRAIN: usize = 128;
 const THREADS: usize = 256;
@@ -29,6 +27,8 @@ pub(crate) struct Wide {
     blas: Blas,
     /// No recorded step has its address: such a step has fewer rows.
     unpacked: Scratch,
+    /// Bytes of weights at a time, unless so many do not hold [`GRAIN`] rows.
+    room: usize,
 }
 
 /// Activations and results: addresses, and elements from one row to the next.
@@ -42,20 +42,22 @@ pub(crate) struct Operands {
 }
 
 impl Wide {
+    /// To unpack `room` bytes of weights at a time.
+    ///
     /// # Errors
     /// Those of [`Blas::open`].
-    pub(crate) fn open(device: &Rc<Device>) -> Result<Self> {
-        Ok(Self { blas: Blas::open(device)?, unpacked: Scratch::new(device) })
+    pub(crate) fn open(device: &Rc<Device>, room: usize) -> Result<Self> {
+        Ok(Self { blas: Blas::open(device)?, unpacked: Scratch::new(device), room })
     }
 
     /// Takes the memory that products need, so that it cannot be missing later.
     pub(crate) fn reserve(&mut self) -> Result<()> {
-        self.unpacked.reserve(UNPACKED_BYTES).map(drop)
+        self.unpacked.reserve(self.room).map(drop)
     }
 
     /// Bytes that [`Self::reserve`] would take.
     pub(crate) fn missing_bytes(&self) -> usize {
-        UNPACKED_BYTES.saturating_sub(self.unpacked.bytes())
+        self.room.saturating_sub(self.unpacked.bytes())
     }
 
     /// `out[rows, Σn] = x[rows, k] · Wᵀ`: all weights' rows one behind the other are one matrix.
@@ -69,7 +71,7 @@ impl Wide {
         weights: &[Matrix],
     ) -> Result<()> {
         let Some(k) = weights.first().map(|w| w.k) else { return Ok(()) };
-        for rows in slices(weights.iter().map(|w| w.n).sum(), k) {
+        for rows in slices(weights.iter().map(|w| w.n).sum(), k, self.room) {
             let unpacked = self.unpacked.reserve(rows.len() * k * 2)?;
             let mut first = 0;
             for weight in weights {
@@ -99,7 +101,7 @@ impl Wide {
     ) -> Result<()> {
         let Some(n) = weights.first().map(|w| w.n) else { return Ok(()) };
         let k = weights.iter().map(|w| w.k).sum();
-        for rows in slices(n, k) {
+        for rows in slices(n, k, self.room) {
             let unpacked = self.unpacked.reserve(rows.len() * k * 2)?;
             let mut target = unpacked;
             for weight in weights {
@@ -136,9 +138,9 @@ impl Wide {
     }
 }
 
-/// Cuts `n` rows of `k` elements into few slices of about the same size, each of which fits into the scratch memory.
-fn slices(n: usize, k: usize) -> impl Iterator<Item = Range<usize>> {
-    let most = (UNPACKED_BYTES / (2 * k.max(1)) / GRAIN * GRAIN).max(GRAIN);
+/// Cuts `n` rows of `k` elements into few slices of about the same size, each of at most `room` bytes or [`GRAIN`] rows.
+fn slices(n: usize, k: usize, room: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = (room / (2 * k.max(1)) / GRAIN * GRAIN).max(GRAIN);
     let each = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(GRAIN).max(GRAIN);
     (0..n).step_by(each).map(move |start| start..n.min(start + each))
 }
@@ -172,9 +174,12 @@ unsafe fn unpack(
 mod tests {
     use super::*;
 
+    /// Bytes at a time.
+    const ROOM: usize = 128 << 20;
+
     #[test]
     fn slices_are_even_and_fit() {
-        let all = |n, k| slices(n, k).collect::<Vec<_>>();
+        let all = |n, k| slices(n, k, ROOM).collect::<Vec<_>>();
         let whole = 0..300;
         assert_eq!(all(300, 64), std::slice::from_ref(&whole));
         // Yi-34B's down projection and its head on one GPU.
@@ -184,10 +189,7 @@ mod tests {
         for (n, k) in [(7168, 20_480), (64_000, 7168), (40_960, 7168), (129, 1 << 20)] {
             let slices = all(n, k);
             assert!(slices.iter().all(|s| s.start % GRAIN == 0), "{slices:?}");
-            assert!(
-                slices.iter().all(|s| s.len() <= GRAIN || s.len() * k * 2 <= UNPACKED_BYTES),
-                "{slices:?}"
-            );
+            assert!(slices.iter().all(|s| s.len() <= GRAIN || s.len() * k * 2 <= ROOM), "{slices:?}");
             assert_eq!(slices.iter().map(|s| s.len()).sum::<usize>(), n);
         }
         assert_eq!(all(0, 8), [0..0; 0]);

@@ -180,6 +180,18 @@ impl Sequences {
         backend: &mut B,
         steps: &[Vec<(usize, usize)>],
     ) -> Vec<Vec<Vec<f32>>> {
+        self.run_with(backend, steps, 0, 1.0)
+    }
+
+    /// Likewise, with scores multiplied by `sharpness`, and outputs of the steps from number `attended` on alone: those before only
+    /// write keys and values.
+    pub(crate) fn run_with<B: Device>(
+        &self,
+        backend: &mut B,
+        steps: &[Vec<(usize, usize)>],
+        attended: usize,
+        sharpness: f32,
+    ) -> Vec<Vec<Vec<f32>>> {
         let unit = self.units * self.head_dim;
         let counts: Vec<usize> = self.lengths.iter().map(|length| length.div_ceil(64)).collect();
         let blocks: usize = counts.iter().sum();
@@ -197,7 +209,7 @@ impl Sequences {
         }
         let mut done = vec![0; self.lengths.len()];
         let mut outputs = vec![Vec::new(); self.lengths.len()];
-        for step in steps {
+        for (index, step) in steps.iter().enumerate() {
             let mut batch = Batch::default();
             let mut rows = Vec::new();
             for &(sequence, len) in step {
@@ -213,12 +225,18 @@ impl Sequences {
             let mut rope = backend.buffer(DType::F32, rows.len(), self.head_dim).unwrap();
             let mut q = backend.buffer(self.compute, rows.len(), unit * self.group).unwrap();
             let mut out = backend.buffer(self.compute, rows.len(), unit * self.group).unwrap();
-            let scale = 1.0 / (self.head_dim as f32).sqrt();
+            let scale = sharpness / (self.head_dim as f32).sqrt();
             run(backend, &step_of, |backend| {
                 backend.rope_table(&step_of, &self.frequencies(), &mut rope)?;
                 backend.rope_write_kv(&step_of, &qkv, &rope, layer, &mut kv, &mut q)?;
+                if index < attended {
+                    return Ok(());
+                }
                 backend.attend(&step_of, &q, layer, &kv, scale, &mut out)
             });
+            if index < attended {
+                continue;
+            }
             let mut row = 0;
             for &(sequence, len) in step {
                 outputs[sequence].extend((row..row + len).map(|row| B::row(&out, row)));

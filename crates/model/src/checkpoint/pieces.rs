@@ -38,7 +38,7 @@ impl Checkpoint {
                 let sizes = runs.iter().map(|(run, padding)| Ok((dtype, rows, run.len() + padding)));
                 let (blocks, mut bytes) = room(sizes, buffer)?;
                 if runs.iter().any(|(_, padding)| *padding > 0) {
-                    bytes.fill(0);
+                    bytes[..blocks.last().map_or(0, Block::end)].fill(0);
                 }
                 let mut rest = &mut bytes[..];
                 let mut targets = Vec::new();
@@ -96,6 +96,9 @@ fn room(
             Ok(block)
         })
         .collect::<Result<_, CheckpointError>>()?;
-    buffer.resize(end, 0);
+    // Never cut: what is cut is filled with zeros when it is needed again.
+    if buffer.len() < end {
+        buffer.resize(end, 0);
+    }
     Ok((blocks, buffer))
 }
