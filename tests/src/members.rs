@@ -114,8 +114,11 @@ impl Members {
 
     /// How it stands.
     pub async fn status(&self) -> ClusterStatus {
-        let client = Client::connect(&self.clients).await.expect("a coordinator");
-        client.status().await.expect("a status")
+        self.try_status().await.expect("a coordinator that leads")
+    }
+
+    async fn try_status(&self) -> Result<ClusterStatus, client::Error> {
+        Client::connect(&self.clients).await?.status().await
     }
 
     /// Waits until the first group serves with so many ranks.
@@ -123,13 +126,15 @@ impl Members {
         self.until(&format!("{ranks} ranks"), |status| status.serving && rank_count(status) == ranks).await
     }
 
-    /// Waits for a status.
+    /// Waits for a status; until it leads, a coordinator has none.
     pub async fn until(&self, what: &str, wanted: impl Fn(&ClusterStatus) -> bool) -> ClusterStatus {
         let deadline = Instant::now() + LIMIT;
         loop {
-            let status = self.status().await;
-            if wanted(&status) {
-                return status;
+            let status = self.try_status().await;
+            if let Ok(status) = &status
+                && wanted(status)
+            {
+                return status.clone();
             }
             assert!(Instant::now() < deadline, "no {what}: {status:?}");
             sleep(POLL).await;

@@ -7,8 +7,9 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use client::{Client, ClusterStatus, Incident};
-use phalanx_tests::link::Link;
-use phalanx_tests::members::{FIRST, Members, rank_count, ranks};
+use phalanx_tests::etcd::Etcd;
+use phalanx_tests::link::{Link, Place};
+use phalanx_tests::members::{FIRST, Members, rank_count, ranks, start_coordinator, start_worker};
 use phalanx_tests::process::{Program, Signal};
 use phalanx_tests::streams::{Answer, Ended, Streams};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
@@ -59,11 +60,10 @@ async fn check(name: &str, streams: Streams, lost: Instant, status: impl AsyncFn
     report(name, incident, pause);
 }
 
-/// On the standard error itself: a test that passes may say something too.
 fn report(name: &str, incident: &Incident, pause: Duration) {
     let seconds = |micros: Option<u64>| micros.map_or("-".into(), |m| format!("{:.3} s", m as f64 / 1e6));
-    let line = format!(
-        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}; clients saw nothing for {:.3} s\n",
+    say(&format!(
+        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}; clients saw nothing for {:.3} s",
         incident.ranks_before,
         incident.ranks_after,
         seconds(Some(incident.detect_micros)),
@@ -71,8 +71,12 @@ fn report(name: &str, incident: &Incident, pause: Duration) {
         seconds(incident.load_micros),
         seconds(incident.recompute_micros),
         pause.as_secs_f64(),
-    );
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    ));
+}
+
+/// On the standard error itself: a test that passes may say something too.
+fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -238,4 +242,64 @@ async fn a_machine_s_own_workers_are_started_again() {
     let ended = tokio::task::spawn_blocking(|| server.end()).await.expect("no panic");
     assert!(ended.status.success() && ended.left.is_empty(), "{ended:?}");
     assert!(ended.stderr.contains("is started again"), "{}", ended.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leading_coordinator_is_killed() {
+    let _turn = turn().await;
+    let Some(etcd) = Etcd::start() else { return };
+    let coordinator = || {
+        let args = ["--ranks", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--lease", "2"];
+        start_coordinator(PHALANX, &[&args[..], &["--etcd", &etcd.url]].concat())
+    };
+    let (mut first, _, first_address) = coordinator();
+    first.line(|line| line.starts_with("waiting for workers").then_some(()));
+    let (mut second, _, second_address) = coordinator();
+    let join = format!("--etcd {}", etcd.url);
+    let workers = [2, 3].map(|last| {
+        let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
+        start_worker(PHALANX, &join, &place)
+    });
+    first.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
+
+    let servers = format!("{first_address},{second_address}");
+    let mut running = Streams::start(&servers, STREAMS, 0, TOKENS, client::PATIENCE).await;
+    running.until(20).await;
+    let lost = Instant::now();
+    first.signal(Signal::KILL);
+    first.end();
+    second.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
+    let pause = answered("the leader killed", running).await.pause_after(lost);
+    say(&format!(
+        "the leading coordinator killed, lease 2 s: clients saw nothing for {:.3} s",
+        pause.as_secs_f64()
+    ));
+    for part in workers.into_iter().chain([second]) {
+        part.signal(Signal::TERM);
+        part.end().success();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn etcd_is_away_while_a_rank_is_lost() {
+    const LEASE: Duration = Duration::from_secs(2);
+    let _turn = turn().await;
+    let Some(etcd) = Etcd::start() else { return };
+    let args = ["--ranks", "2", "--min-ranks", "1", "--lease", "2", "--etcd", &etcd.url];
+    let mut members = Members::start(PHALANX, &args, 2);
+    members.width(2).await;
+    etcd.pause();
+    let away = Instant::now();
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    let lost = Instant::now();
+    members.kill(members.ranks().await[1]);
+    check("etcd away, a rank killed", running, lost, async || members.width(1).await).await;
+    // The lease is long over, and answers go on.
+    while away.elapsed() < 3 * LEASE {
+        answered("etcd away", streams(&members).await).await;
+    }
+    etcd.resume();
+    answered("etcd back", streams(&members).await).await;
+    members.end();
 }
