@@ -10,9 +10,10 @@ use client::{Client, ClusterStatus, Incident};
 use phalanx_tests::etcd::Etcd;
 use phalanx_tests::link::{Link, Place};
 use phalanx_tests::members::{FIRST, Members, rank_count, ranks, start_coordinator, start_worker};
-use phalanx_tests::process::{Program, Signal};
+use phalanx_tests::process::{Phalanx, Program, Signal};
 use phalanx_tests::streams::{Answer, Ended, Streams};
-use tokio::sync::{Mutex, MutexGuard, OnceCell};
+use tokio::sync::{Mutex, MutexGuard, OnceCell, watch};
+use tokio::task::JoinHandle;
 
 const PHALANX: Program = Program(env!("CARGO_BIN_EXE_phalanx-under-test"));
 const STREAMS: u32 = 16;
@@ -302,4 +303,72 @@ async fn etcd_is_away_while_a_rank_is_lost() {
     etcd.resume();
     answered("etcd back", streams(&members).await).await;
     members.end();
+}
+
+/// Answers one after the other, sixteen at a time, until it is told to end; returns how many times sixteen there were.
+fn load(servers: String) -> (watch::Sender<bool>, JoinHandle<usize>) {
+    let (end, ended) = watch::channel(false);
+    let task = tokio::spawn(async move {
+        let mut rounds = 0;
+        while !*ended.borrow() {
+            let streams = Streams::start(&servers, STREAMS, 0, TOKENS, client::PATIENCE).await;
+            answered("under load", streams).await;
+            rounds += 1;
+        }
+        rounds
+    });
+    (end, task)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_is_restarted_one_by_one() {
+    let _turn = turn().await;
+    let Some(etcd) = Etcd::start() else { return };
+    let coordinator = |grpc: &str, listen: &str| {
+        let args = ["--ranks", "3", "--min-ranks", "1", "--grpc", grpc, "--listen", listen];
+        start_coordinator(PHALANX, &[&args[..], &["--etcd", &etcd.url]].concat())
+    };
+    let serving = |coordinator: &mut Phalanx, ranks: usize| {
+        let serving = format!("serving yi-nano on {ranks} ranks");
+        coordinator.line(|line| (line == serving).then_some(()));
+    };
+    let worker = |last: usize| {
+        let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
+        start_worker(PHALANX, &format!("--etcd {}", etcd.url), &place)
+    };
+    let stop = |part: Phalanx| {
+        part.signal(Signal::TERM);
+        part.end().success();
+    };
+    let (mut leader, leader_join, leader_address) = coordinator("127.0.0.1:0", "127.0.0.1:0");
+    leader.line(|line| line.starts_with("waiting for workers").then_some(()));
+    let (mut other, other_join, other_address) = coordinator("127.0.0.1:0", "127.0.0.1:0");
+    let mut workers: Vec<_> = (2..5).map(worker).collect();
+    serving(&mut leader, 3);
+
+    undisturbed().await;
+    let begun = Instant::now();
+    let (end, load) = load(format!("{leader_address},{other_address}"));
+    for last in 2..5 {
+        stop(workers.remove(0));
+        serving(&mut leader, 2);
+        workers.push(worker(last));
+        serving(&mut leader, 3);
+    }
+    stop(leader);
+    serving(&mut other, 3);
+    let (mut leader, ..) = coordinator(&leader_address, &leader_join);
+    leader.line(|line| line.starts_with("standing by").then_some(()));
+    stop(other);
+    serving(&mut leader, 3);
+    let (mut other, ..) = coordinator(&other_address, &other_join);
+    other.line(|line| line.starts_with("standing by").then_some(()));
+    end.send_replace(true);
+    let rounds = load.await.expect("no error");
+    say(&format!(
+        "3 workers and 2 coordinators restarted one by one in {:.1} s: {} answers, all right",
+        begun.elapsed().as_secs_f64(),
+        rounds * STREAMS as usize,
+    ));
+    workers.into_iter().chain([other, leader]).for_each(stop);
 }
