@@ -71,6 +71,13 @@ impl Streams {
 }
 
 impl Ended {
+    /// Checks that the answers are the beginnings of others.
+    pub fn check(&self, name: &str, expected: &[Answer]) {
+        for (seed, (answer, expected)) in self.answers.iter().zip(expected).enumerate() {
+            assert!(expected.tokens.starts_with(&answer.tokens), "{name}: other tokens of seed {seed}");
+        }
+    }
+
     /// The longest time without any token that ended after `moment`, counted from then on: how long clients saw nothing.
     pub fn pause_after(&self, moment: Instant) -> Duration {
         let gaps = self.moments.windows(2).filter(|gap| gap[1] > moment);
@@ -118,4 +125,35 @@ async fn answer(
     }
     assert_eq!((answer.tokens.len(), ends), (wanted, 1), "tokens and ends of an answer");
     (answer, moments)
+}
+
+/// Answers one batch after the other, as long as it is not told to end.
+#[derive(Debug)]
+pub struct Load {
+    end: watch::Sender<bool>,
+    task: JoinHandle<usize>,
+}
+
+impl Load {
+    /// Begins; every batch is of requests with the seeds from 0, whose answers begin as `expected` does.
+    pub fn start(servers: String, expected: &'static [Answer], tokens: u32) -> Self {
+        let (end, ended) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let mut answers = 0;
+            while !*ended.borrow() {
+                let count = expected.len() as u32;
+                let streams = Streams::start(&servers, count, 0, tokens, client::PATIENCE).await;
+                streams.end().await.check("under load", expected);
+                answers += expected.len();
+            }
+            answers
+        });
+        Self { end, task }
+    }
+
+    /// Waits for the last batch; returns the number of answers.
+    pub async fn end(self) -> usize {
+        self.end.send_replace(true);
+        self.task.await.expect("no error")
+    }
 }
