@@ -111,7 +111,9 @@ class Checks:
         database = ProtoReflectionDescriptorDatabase(self.channel)
         services = set(database.get_services())
         assert {SERVICE, "grpc.health.v1.Health"} <= services, services
-        assert not any(s.startswith("phalanx.") and s != SERVICE for s in services), services
+        # And nothing that is internal.
+        public = {SERVICE, "phalanx.v1.Monitor"}
+        assert {s for s in services if s.startswith("phalanx.")} == public, services
         service = DescriptorPool(database).FindServiceByName(SERVICE)
         methods = {method.name for method in service.methods}
         assert methods == {"Generate", "Tokenize", "Detokenize", "GetModel"}, methods
