@@ -56,7 +56,7 @@ impl Members {
     /// Starts a worker again that was killed or has left.
     pub fn restart(&mut self, number: usize) {
         let place = Place { host: self.host(number), ..Place::default() };
-        self.workers[number] = Some(start_worker(self.program, &self.join, &place));
+        self.workers[number] = Some(start_worker(self.program, &["--coordinator", &self.join], &place));
     }
 
     /// The address of a worker's own.
@@ -66,7 +66,7 @@ impl Members {
 
     /// Starts one more worker somewhere else; returns its number.
     pub fn add_at(&mut self, join: &str, place: &Place) -> usize {
-        self.workers.push(Some(start_worker(self.program, join, place)));
+        self.workers.push(Some(start_worker(self.program, &["--coordinator", join], place)));
         self.workers.len() - 1
     }
 
@@ -167,15 +167,10 @@ pub fn start_coordinator(program: Program, args: &[&str]) -> (Phalanx, String, S
     (coordinator, join, clients)
 }
 
-/// A worker that joins a coordinator (`host:port`) or finds it (arguments).
-pub fn start_worker(program: Program, join: &str, place: &Place) -> Phalanx {
-    let coordinator = if join.contains("--") {
-        join.split(' ').map(str::to_owned).collect()
-    } else {
-        vec!["--coordinator".to_owned(), join.to_owned()]
-    };
-    let mut args = vec!["worker".to_owned(), "--threads".into(), "1".into()];
-    args.extend(coordinator);
+/// A worker, with the arguments that tell it where its coordinator is.
+pub fn start_worker(program: Program, coordinator: &[&str], place: &Place) -> Phalanx {
+    let mut args: Vec<String> = ["worker", "--threads", "1"].map(str::to_owned).into();
+    args.extend(coordinator.iter().map(|argument| argument.to_string()));
     let port = place.port.unwrap_or(0);
     let listen = place.listen.as_ref().unwrap_or(&place.host);
     args.extend(["--listen".into(), format!("{listen}:{port}"), "--host".into(), place.host.clone()]);

@@ -52,11 +52,6 @@ impl Streams {
         }
     }
 
-    /// Whether an answer has not all its tokens yet.
-    pub fn run(&self) -> bool {
-        self.running.iter().any(|running| !running.is_finished())
-    }
-
     /// Waits for all answers.
     pub async fn end(self) -> Ended {
         let (mut answers, mut moments) = (Vec::new(), Vec::new());
@@ -136,13 +131,14 @@ pub struct Load {
 
 impl Load {
     /// Begins; every batch is of requests with the seeds from 0, whose answers begin as `expected` does.
-    pub fn start(servers: String, expected: &'static [Answer], tokens: u32) -> Self {
+    /// For `patience`, see [`Streams::start`].
+    pub fn start(servers: String, expected: &'static [Answer], tokens: u32, patience: Duration) -> Self {
         let (end, ended) = watch::channel(false);
         let task = tokio::spawn(async move {
             let mut answers = 0;
             while !*ended.borrow() {
                 let count = expected.len() as u32;
-                let streams = Streams::start(&servers, count, 0, tokens, client::PATIENCE).await;
+                let streams = Streams::start(&servers, count, 0, tokens, patience).await;
                 streams.end().await.check("under load", expected);
                 answers += expected.len();
             }

@@ -10,15 +10,13 @@ use client::{Client, ClusterStatus, Incident};
 use phalanx_tests::etcd::Etcd;
 use phalanx_tests::link::{Link, Place};
 use phalanx_tests::members::{FIRST, Members, rank_count, ranks, start_coordinator, start_worker};
-use phalanx_tests::process::{Phalanx, Program, Signal};
+use phalanx_tests::process::{LIMIT, Phalanx, Program, Signal};
 use phalanx_tests::streams::{Answer, Ended, Load, Streams};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 const PHALANX: Program = Program(env!("CARGO_BIN_EXE_phalanx-under-test"));
 const STREAMS: u32 = 16;
 const TOKENS: u32 = 120;
-/// Answers that outlast a planned change.
-const MANY_TOKENS: u32 = 600;
 /// Answers that are lost with a worker would end with an error: nothing is asked for again.
 const AT_ONCE: Duration = Duration::ZERO;
 
@@ -34,7 +32,7 @@ async fn undisturbed() -> &'static [Answer] {
     let answers = ANSWERS.get_or_init(|| async {
         let mut server = PHALANX.command(["serve", "--grpc", "127.0.0.1:0", "--workers", "1"]).start();
         let address = server.served_at();
-        Streams::start(&address, STREAMS, 0, MANY_TOKENS, AT_ONCE).await.end().await.answers
+        Streams::start(&address, STREAMS, 0, TOKENS, AT_ONCE).await.end().await.answers
     });
     answers.await
 }
@@ -55,20 +53,21 @@ async fn check(name: &str, streams: Streams, lost: Instant, status: impl AsyncFn
     let pause = answered(name, streams).await.pause_after(lost);
     let status = status().await;
     let incident = status.incidents.first().expect("an incident");
-    report(name, incident, pause);
+    report(name, incident, Some(pause));
 }
 
-fn report(name: &str, incident: &Incident, pause: Duration) {
+fn report(name: &str, incident: &Incident, pause: Option<Duration>) {
     let seconds = |micros: Option<u64>| micros.map_or("-".into(), |m| format!("{:.3} s", m as f64 / 1e6));
     say(&format!(
-        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}; clients saw nothing for {:.3} s",
+        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}{}",
         incident.ranks_before,
         incident.ranks_after,
         seconds(Some(incident.detect_micros)),
         seconds(incident.form_micros),
         seconds(incident.load_micros),
         seconds(incident.recompute_micros),
-        pause.as_secs_f64(),
+        pause
+            .map_or(String::new(), |pause| format!("; clients saw nothing for {:.3} s", pause.as_secs_f64())),
     ));
 }
 
@@ -191,11 +190,10 @@ async fn widths_change_under_load() {
     let _turn = turn().await;
     let mut members = Members::start(PHALANX, &["--ranks", "4", "--min-ranks", "1"], 4);
     members.width(4).await;
-    undisturbed().await;
-    // From width to width, answers run all the time.
+    let expected = undisturbed().await;
+    // From width to width, answers run all the time: when those of one are over, others go on.
+    let loads = [(); 2].map(|()| Load::start(members.clients.clone(), expected, TOKENS, AT_ONCE));
     for width in [3, 1, 2, 4] {
-        let mut running = Streams::start(&members.clients, STREAMS, 0, MANY_TOKENS, AT_ONCE).await;
-        running.until(10).await;
         let status = members.status().await;
         let (now, there) = (rank_count(&status), ranks(&status));
         for number in there.iter().take(now.saturating_sub(width)) {
@@ -205,14 +203,15 @@ async fn widths_change_under_load() {
         for number in away.into_iter().take(width.saturating_sub(now)) {
             members.restart(number);
         }
-        let changed = Instant::now();
-        let name = format!("from width {now} to {width}");
         members.width(width).await;
-        assert!(running.run(), "{name}: the answers were over before that");
-        let ended = answered(&name, running).await;
-        let status = members.status().await;
-        report(&name, status.incidents.first().expect("an incident"), ended.pause_after(changed));
+        let over = |status: &ClusterStatus| {
+            status.incidents.first().is_some_and(|incident| incident.recompute_micros.is_some())
+        };
+        let status = members.until("a token at the new width", over).await;
+        report(&format!("from width {now} to {width}"), &status.incidents[0], None);
     }
+    let [one, other] = loads;
+    say(&format!("{} answers meanwhile, all right", one.end().await + other.end().await));
     members.end();
 }
 
@@ -227,13 +226,14 @@ async fn a_machine_s_own_workers_are_started_again() {
     let before = server.workers();
     let lost = Instant::now();
     before[0].signal(Signal::KILL);
-    let status = async || loop {
+    let both_again = async || loop {
         let status = client.status().await.expect("a status");
         if status.serving && status.incidents.len() >= 2 && rank_count(&status) == 2 {
             return status;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
+    let status = async || tokio::time::timeout(LIMIT, both_again()).await.expect("it is started again");
     check("a worker of serve killed, and started again", running, lost, status).await;
     assert_eq!(server.workers().len(), 2);
     server.signal(Signal::TERM);
@@ -253,10 +253,9 @@ async fn the_leading_coordinator_is_killed() {
     let (mut first, _, first_address) = coordinator();
     first.line(|line| line.starts_with("waiting for workers").then_some(()));
     let (mut second, _, second_address) = coordinator();
-    let join = format!("--etcd {}", etcd.url);
     let workers = [2, 3].map(|last| {
         let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
-        start_worker(PHALANX, &join, &place)
+        start_worker(PHALANX, &["--etcd", &etcd.url], &place)
     });
     first.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
 
@@ -316,7 +315,7 @@ async fn everything_is_restarted_one_by_one() {
     };
     let worker = |last: usize| {
         let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
-        start_worker(PHALANX, &format!("--etcd {}", etcd.url), &place)
+        start_worker(PHALANX, &["--etcd", &etcd.url], &place)
     };
     let stop = |part: Phalanx| {
         part.signal(Signal::TERM);
@@ -330,7 +329,8 @@ async fn everything_is_restarted_one_by_one() {
 
     let expected = undisturbed().await;
     let begun = Instant::now();
-    let load = Load::start(format!("{leader_address},{other_address}"), expected, TOKENS);
+    let servers = format!("{leader_address},{other_address}");
+    let load = Load::start(servers, expected, TOKENS, client::PATIENCE);
     for last in 2..5 {
         stop(workers.remove(0));
         serving(&mut leader, 2);

@@ -62,7 +62,7 @@ async fn faults_by_chance_cost_no_answer() {
     let coordinator = members.coordinator.as_ref().expect("it runs").pid();
     let (memory, descriptors) = holds(coordinator);
 
-    let load = Load::start(members.clients.clone(), expected, TOKENS);
+    let load = Load::start(members.clients.clone(), expected, TOKENS, Duration::ZERO);
     let mut workers = [Worker::Runs; WORKERS];
     let mut faults = 0;
     let end = Instant::now() + Duration::from_secs(seconds);

@@ -17,12 +17,6 @@ pub(crate) struct PolicyArgs {
     /// How few ranks will do while workers are missing, as long as weights and one context fit [default: no fewer than --ranks]
     #[arg(long, value_name = "N")]
     min_ranks: Option<usize>,
-    /// Pipeline stages of a group
-    #[arg(long, value_name = "S", default_value_t = 1)]
-    stages: usize,
-    /// Groups
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    replicas: usize,
 }
 
 /// When a worker counts as lost.
@@ -60,22 +54,14 @@ impl FromStr for Ranks {
 impl PolicyArgs {
     /// The policy, for contexts of at most `context` tokens.
     pub(crate) fn policy(&self, context: Option<u32>) -> Result<Policy> {
-        let Self { ranks, min_ranks, stages, replicas } = *self;
-        if stages != 1 {
-            bail!("--stages {stages}: ranks cannot run a part of the layers yet: use 1");
-        }
-        if replicas != 1 {
-            bail!(
-                "--replicas {replicas}: a coordinator runs one group as yet: use 1, and a coordinator for each group"
-            );
-        }
+        let Self { ranks, min_ranks } = *self;
         let shape = match (ranks, min_ranks) {
-            (Ranks::Fixed(ranks), None) => Shape::Fixed { stages, ranks, min_ranks: ranks },
+            (Ranks::Fixed(ranks), None) => Shape::Fixed { stages: 1, ranks, min_ranks: ranks },
             (Ranks::Fixed(ranks), Some(min_ranks)) => fixed(ranks, min_ranks)?,
-            (Ranks::Auto, None) => Shape::Auto { max_stages: stages },
+            (Ranks::Auto, None) => Shape::Auto { max_stages: 1 },
             (Ranks::Auto, Some(_)) => bail!("--min-ranks goes with a number of --ranks, not with 'auto'"),
         };
-        Ok(Policy { shape, replicas, context })
+        Ok(Policy { shape, replicas: 1, context })
     }
 }
 
@@ -112,26 +98,21 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 mod tests {
     use super::*;
 
-    fn policy(ranks: &str, min_ranks: Option<usize>, stages: usize) -> Result<Shape> {
+    fn policy(ranks: &str, min_ranks: Option<usize>) -> Result<Shape> {
         let ranks = ranks.parse().map_err(anyhow::Error::msg)?;
-        Ok(PolicyArgs { ranks, min_ranks, stages, replicas: 1 }.policy(None)?.shape)
+        Ok(PolicyArgs { ranks, min_ranks }.policy(None)?.shape)
     }
 
     #[test]
     fn shapes() {
         let fixed = |ranks, min_ranks| Shape::Fixed { stages: 1, ranks, min_ranks };
-        assert_eq!(policy("3", None, 1).unwrap(), fixed(3, 3));
-        assert_eq!(policy("3", Some(1), 1).unwrap(), fixed(3, 1));
-        assert_eq!(policy("auto", None, 1).unwrap(), Shape::Auto { max_stages: 1 });
-        for (ranks, min_ranks, stages) in [
-            ("0", None, 1),
-            ("many", None, 1),
-            ("3", Some(4), 1),
-            ("3", Some(0), 1),
-            ("auto", Some(1), 1),
-            ("3", None, 2),
-        ] {
-            assert!(policy(ranks, min_ranks, stages).is_err(), "{ranks} {min_ranks:?} {stages}");
+        assert_eq!(policy("3", None).unwrap(), fixed(3, 3));
+        assert_eq!(policy("3", Some(1)).unwrap(), fixed(3, 1));
+        assert_eq!(policy("auto", None).unwrap(), Shape::Auto { max_stages: 1 });
+        for (ranks, min_ranks) in
+            [("0", None), ("many", None), ("3", Some(4)), ("3", Some(0)), ("auto", Some(1))]
+        {
+            assert!(policy(ranks, min_ranks).is_err(), "{ranks} {min_ranks:?}");
         }
         assert!(["0", "-1", "x", "1e9"].into_iter().all(|text| parse_seconds(text).is_err()));
         assert_eq!(parse_seconds("1.5"), Ok(Duration::from_millis(1500)));

@@ -6,7 +6,7 @@
 pub mod assignment;
 pub mod convert;
 pub mod formation;
-pub mod needs;
+mod needs;
 pub mod policy;
 pub mod progress;
 pub mod proof;
@@ -21,7 +21,6 @@ use std::time::Duration;
 pub use assignment::{Assignment, Member};
 pub use convert::{Malformed, decode_plan, encode_plan};
 pub use formation::{Formation, GroupFormation, Rank, Stage, form};
-pub use needs::MemoryNeeds;
 pub use policy::{Policy, Shape, Shortage};
 pub use progress::{Activity, Progress};
 pub use proof::Session;

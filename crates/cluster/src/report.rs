@@ -2,8 +2,10 @@
 
 use std::fmt;
 
+use engine::MemoryNeeds;
+
 use crate::convert::{self, Malformed};
-use crate::{MemoryNeeds, proto};
+use crate::proto;
 
 /// Shard units of any model that is served.
 const MAX_UNITS: u32 = 1024;

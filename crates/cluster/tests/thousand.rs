@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use cluster::{
-    Candidate, Formation, GroupFormation, MemoryNeeds, ModelReport, Policy, Resources, Shape, WorkerId, form,
-};
+use cluster::{Candidate, Formation, GroupFormation, ModelReport, Policy, Resources, Shape, WorkerId, form};
+use engine::MemoryNeeds;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{RngExt, SeedableRng};

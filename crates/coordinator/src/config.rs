@@ -20,8 +20,6 @@ pub struct CoordinatorConfig {
     pub max_sequences: Option<u32>,
     /// Requests that wait for their turn; more are turned away.
     pub max_waiting: usize,
-    /// Tokens that prompt and answer may have together, below what the model allows.
-    pub max_context: Option<u32>,
     /// Workers send heartbeats this often.
     pub heartbeat_interval: Duration,
     /// A worker that is not heard of for this long is lost.
@@ -41,7 +39,6 @@ impl CoordinatorConfig {
             max_batch_tokens: None,
             max_sequences: None,
             max_waiting: 1024,
-            max_context: None,
             heartbeat_interval: Duration::from_millis(250),
             heartbeat_timeout: Duration::from_millis(1500),
             progress_timeout: Duration::from_secs(10),

@@ -17,6 +17,5 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
-pub use needs::MemoryNeeds;
 pub use source::{ModelOptions, ModelSource, Report, StepSize};
 pub use weights::readers;

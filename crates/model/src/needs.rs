@@ -1,6 +1,6 @@
 //! What shares of a model take of a device's memory: measured on one layer of one unit, and computed for the rest.
 
-use engine::units;
+use engine::{MemoryNeeds, units};
 use kernels::{BLOCK_TOKENS, Backend, CHOSEN_COLS, DType, KvShape};
 
 use crate::error::Result;
@@ -10,25 +10,6 @@ use crate::weights::{Weights, ffn_width};
 
 /// Activations where the options name no largest step.
 const USUAL_STEP: StepSize = StepSize { rows: 512, sampled: 64 };
-
-/// Bytes that a model's parts take on a backend. Units differ by a group of columns or a row: these are the largest one's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryNeeds {
-    /// Decoder layers.
-    pub layers: u32,
-    /// A unit's weights in one layer.
-    pub layer_unit: u64,
-    /// Its rows of the embedding.
-    pub embedding_unit: u64,
-    /// Its rows of the head.
-    pub head_unit: u64,
-    /// Its activations for the largest step.
-    pub activation_unit: u64,
-    /// What a rank has whatever units it holds: norms and its other activations.
-    pub rank: u64,
-    /// Keys and values of one token, in one layer of one unit.
-    pub kv_token: u64,
-}
 
 impl ModelSource {
     /// What shares of this model take on `backend`. Loads one layer of one unit, since only the backend knows how it keeps

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use auth::Secret;
-use cluster::{Assignment, MemoryNeeds, ModelReport, Resources};
+use cluster::{Assignment, ModelReport, Resources};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, TcpTransport};
 use kernels::{Backend, Cpu};
 use model::{Executor, ModelExecutor, ModelSource};
@@ -58,7 +58,7 @@ impl Site {
         let source = ModelSource::open(&config.model, config.options.clone()).map_err(WorkerError::Model)?;
         let model::Report { name, vocabulary, max_context, units, block_size, eos, fingerprint } =
             source.report(backend.path());
-        let needs = needs(&source, backend).map_err(WorkerError::Model)?;
+        let needs = source.needs(backend).map_err(WorkerError::Model)?;
         let resources = resources(config, backend).map_err(WorkerError::Device)?;
         let listener = Listener::bind(config.listen)
             .map_err(|source| WorkerError::Listen { address: config.listen, source })?;
@@ -89,12 +89,6 @@ impl Site {
         };
         Ok(TcpTransport::form(&self.listener, &spec, abort, FORM_LIMIT)?)
     }
-}
-
-fn needs(source: &ModelSource, backend: &impl Backend) -> Result<MemoryNeeds, model::Error> {
-    let model::MemoryNeeds { layers, layer_unit, embedding_unit, head_unit, activation_unit, rank, kv_token } =
-        source.needs(backend)?;
-    Ok(MemoryNeeds { layers, layer_unit, embedding_unit, head_unit, activation_unit, rank, kv_token })
 }
 
 fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources, kernels::Error> {

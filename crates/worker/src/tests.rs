@@ -17,11 +17,12 @@ use cluster::proto::{
 };
 use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{
-    Activity, Assignment, Member, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
-    encode_plan,
+    Activity, Assignment, Member, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId, encode_plan,
 };
 use comm::AbortHandle;
-use engine::{BlockId, Epoch, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens};
+use engine::{
+    BlockId, Epoch, MemoryNeeds, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens,
+};
 use model::{Executor, StepSize};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;

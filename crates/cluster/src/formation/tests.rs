@@ -1,9 +1,10 @@
 //! What `form` promises, for any workers, policies and histories.
 
+use engine::MemoryNeeds;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{MemoryNeeds, Resources};
+use crate::Resources;
 
 const UNITS: u32 = 4;
 /// Bytes of a unit's weights; a token's keys and values take one more byte in each unit.

@@ -1,6 +1,6 @@
 //! A group through joins, losses and changes.
 
-use cluster::MemoryNeeds;
+use engine::MemoryNeeds;
 
 use super::*;
 

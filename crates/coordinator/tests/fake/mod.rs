@@ -13,10 +13,9 @@ use cluster::proto::{
     Attach, CoordinatorMessage, Failed, Hello, Ready, StepFrame, StepReply, WorkerMessage, step_reply,
 };
 use cluster::{
-    Activity, Assignment, MemoryNeeds, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId,
-    decode_plan,
+    Activity, Assignment, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId, decode_plan,
 };
-use engine::{Epoch, SampledToken, SeqSlice, SlotId, StepOutput, StepPlan, Tokens};
+use engine::{Epoch, MemoryNeeds, SampledToken, SeqSlice, SlotId, StepOutput, StepPlan, Tokens};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
