@@ -59,9 +59,29 @@ pub enum Error {
     /// The device failed, or has too little memory.
     #[error(transparent)]
     Device(#[from] kernels::Error),
+    /// What happened is about a rank of another stage of the pipeline.
+    #[error("stage {stage}: {source}")]
+    Stage {
+        /// Which.
+        stage: usize,
+        /// What happened; its ranks are numbers within that stage.
+        source: Box<Self>,
+    },
     /// A call after one that failed.
     #[error("the group was lost in an earlier collective")]
     Ended,
+}
+
+impl Error {
+    /// Says that a rank is of stage `stage`, where the error names one.
+    pub(crate) fn of_stage(self, stage: usize) -> Self {
+        match self {
+            Self::Lost { .. } | Self::Refused { .. } | Self::Protocol { .. } => {
+                Self::Stage { stage, source: Box::new(self) }
+            }
+            other => other,
+        }
+    }
 }
 
 /// `std::result::Result` with this crate's [`Error`].
