@@ -15,7 +15,7 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
     pub max_sequences: u32,
-    /// Steps that a rank takes before the first of them was applied; 0 counts as 1.
+    /// Steps that a rank takes before the first of them was applied; 0 counts as 1. A pipeline takes one more for each further stage.
     pub steps_in_flight: u32,
     /// Stages of the pipeline, each of which runs another step at the same time; 0 counts as 1. With more than one, a step takes a
     /// part of the sequences, and none is planned again before its sampled token is known.
