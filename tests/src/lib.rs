@@ -3,3 +3,4 @@
 pub mod golden;
 pub mod process;
 pub mod ranks;
+pub mod stages;

@@ -36,6 +36,16 @@ pub struct StageLink {
 }
 
 impl StageLink {
+    /// Of a pipeline of one stage, which nobody sends to.
+    pub fn alone() -> Self {
+        Self::new(0, 1, AbortHandle::default())
+    }
+
+    /// Without connections yet.
+    fn new(stage: usize, stages: usize, abort: AbortHandle) -> Self {
+        Self { stage, stages, inlet: None, outlets: Vec::new(), received: 0, sent: 0, abort, lost: false }
+    }
+
     /// This rank's stage.
     pub fn stage(&self) -> usize {
         self.stage

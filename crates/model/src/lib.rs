@@ -10,6 +10,7 @@ mod error;
 mod forward;
 mod slots;
 mod source;
+mod stage;
 mod weights;
 
 pub use config::Config;
@@ -17,4 +18,5 @@ pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
 pub use source::{ModelOptions, ModelSource, Report, StepSize};
+pub use stage::Stage;
 pub use weights::readers;

@@ -17,18 +17,9 @@ pub fn local_pipeline(widths: &[usize]) -> Result<Vec<Vec<StageLink>>> {
         return Err(Error::Shape { op: "local_pipeline", detail: format!("stages of {widths:?} ranks") });
     }
     let stages = widths.len();
-    let link = |stage| StageLink {
-        stage,
-        stages,
-        inlet: None,
-        outlets: Vec::new(),
-        received: 0,
-        sent: 0,
-        abort: AbortHandle::default(),
-        lost: false,
-    };
-    let mut links: Vec<Vec<StageLink>> =
-        widths.iter().enumerate().map(|(stage, &width)| (0..width).map(|_| link(stage)).collect()).collect();
+    let link = |stage| StageLink::new(stage, stages, AbortHandle::default());
+    let links = |(stage, &width): (usize, &usize)| (0..width).map(|_| link(stage)).collect();
+    let mut links: Vec<Vec<StageLink>> = widths.iter().enumerate().map(links).collect();
     for (stage, pair) in widths.windows(2).enumerate() {
         let [width, next] = [pair[0], pair[1]];
         for rank in 0..width {

@@ -21,23 +21,20 @@ impl StageLink {
         mut streams: BTreeMap<Member, TcpStream>,
         abort: AbortHandle,
     ) -> Result<Self> {
-        let (stage, stages) = (spec.stage, spec.stages.len());
+        let stages = spec.stages.len();
+        let mut link = Self::new(spec.stage, stages, abort.clone());
         let mut connection = |member: Member| {
             let missing = || Error::Lost { rank: member.rank, source: io::ErrorKind::NotConnected.into() };
             streams.remove(&member).ok_or_else(|| missing().of_stage(member.stage))
         };
-        let inlet = match spec.sender() {
-            None => None,
-            Some(from) => {
-                let stream = connection(from)?;
-                Some(Box::new(TcpInlet { rank: from.rank, stream }) as Box<dyn Inlet>)
-            }
-        };
-        let mut outlets: Vec<Box<dyn Outlet>> = Vec::new();
-        for to in spec.receivers() {
-            outlets.push(Box::new(TcpOutlet::start(to.rank, connection(to)?, stages, abort.clone())?));
+        if let Some(from) = spec.sender() {
+            link.inlet = Some(Box::new(TcpInlet { rank: from.rank, stream: connection(from)? }));
         }
-        Ok(Self { stage, stages, inlet, outlets, received: 0, sent: 0, abort, lost: false })
+        for to in spec.receivers() {
+            let outlet = TcpOutlet::start(to.rank, connection(to)?, stages, abort.clone())?;
+            link.outlets.push(Box::new(outlet));
+        }
+        Ok(link)
     }
 }
 
