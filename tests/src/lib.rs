@@ -6,4 +6,5 @@ pub mod link;
 pub mod members;
 pub mod process;
 pub mod ranks;
+pub mod stages;
 pub mod streams;

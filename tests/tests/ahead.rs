@@ -50,6 +50,7 @@ fn scheduler(steps_in_flight: u32, vocabulary: u32) -> Scheduler {
         max_batch_tokens: 24,
         max_sequences: 2,
         steps_in_flight,
+        stages: 1,
     };
     Scheduler::new(config, Epoch::default())
 }

@@ -59,9 +59,29 @@ pub enum Error {
     /// The device failed, or has too little memory.
     #[error(transparent)]
     Device(#[from] kernels::Error),
+    /// What happened is about a rank of another stage of the pipeline.
+    #[error("stage {stage}: {source}")]
+    Stage {
+        /// Which.
+        stage: usize,
+        /// What happened; its ranks are numbers within that stage.
+        source: Box<Self>,
+    },
     /// A call after one that failed.
     #[error("the group was lost in an earlier collective")]
     Ended,
+}
+
+impl Error {
+    /// Says that a rank is of stage `stage`, where the error names one.
+    pub(crate) fn of_stage(self, stage: usize) -> Self {
+        match self {
+            Self::Lost { .. } | Self::Refused { .. } | Self::Protocol { .. } => {
+                Self::Stage { stage, source: Box::new(self) }
+            }
+            other => other,
+        }
+    }
 }
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -76,8 +96,10 @@ struct Abort {
     raised: AtomicBool,
     hooks: Mutex<Vec<Hook>>,
     calls: AtomicU64,
-    /// One more than the rank that is waited for; 0: none.
+    /// One more than the number of the member that is waited for; 0: none.
     waits_for: AtomicUsize,
+    /// Number of the first member of this rank's stage.
+    first: AtomicUsize,
 }
 
 /// Tells somebody who cannot look at the flag.
@@ -110,7 +132,8 @@ impl AbortHandle {
         self.0.calls.load(Ordering::Relaxed)
     }
 
-    /// The rank without which this one cannot go on, if it waits at the moment.
+    /// The member of the group without which this rank cannot go on, if it waits at the moment. Members are numbered through all
+    /// stages, rank after rank ([`GroupSpec::number`](crate::GroupSpec::number)).
     pub fn waits_for(&self) -> Option<usize> {
         self.0.waits_for.load(Ordering::Relaxed).checked_sub(1)
     }
@@ -120,9 +143,19 @@ impl AbortHandle {
         self.0.calls.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// From now on it waits for `rank`, or for none.
+    /// From now on it waits for `rank` of its own stage, or for none.
     pub(crate) fn wait_for(&self, rank: Option<usize>) {
-        self.0.waits_for.store(rank.map_or(0, |rank| rank + 1), Ordering::Relaxed);
+        self.wait_for_member(rank.map(|rank| self.0.first.load(Ordering::Relaxed) + rank));
+    }
+
+    /// From now on it waits for this member of the group, or for none.
+    pub(crate) fn wait_for_member(&self, number: Option<usize>) {
+        self.0.waits_for.store(number.map_or(0, |number| number + 1), Ordering::Relaxed);
+    }
+
+    /// Says which member the first rank of this rank's stage is.
+    pub(crate) fn stage_begins(&self, first: usize) {
+        self.0.first.store(first, Ordering::Relaxed);
     }
 
     fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {

@@ -1,8 +1,9 @@
-//! Forming a group: every rank connects to all ranks below it and accepts all above it.
+//! Forming a group: every rank connects to the ranks below it that it has to do with, and accepts those above it.
 //!
 //! Each connection is made on a thread of its own, so that neither a silent stranger nor a slow peer holds up the
 //! others. Whoever does not belong is told so, and does no harm.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,11 +11,13 @@ use std::sync::mpsc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use auth::Secret;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::collective::{AbortHandle, Error, Result};
-use crate::handshake::{self, Channel, Failure, MAX_NAME, Terms};
+use crate::group::{GroupSpec, Member};
+use crate::handshake::{self, Channel, Failure};
+use crate::link::StageLink;
+use crate::tcp::TcpTransport;
 
 /// Whoever connects and takes longer than this to say who it is, is not of the group.
 const STRANGER_LIMIT: Duration = Duration::from_secs(2);
@@ -46,44 +49,37 @@ impl Listener {
     pub fn address(&self) -> SocketAddr {
         self.address
     }
-}
 
-/// The group that is to form.
-#[derive(Debug, Clone)]
-pub struct GroupSpec {
-    /// Its name, of at most 64 bytes.
-    pub group: String,
-    /// Its epoch: election term and counter.
-    pub epoch: (u64, u64),
-    /// This rank.
-    pub rank: usize,
-    /// `host:port` of every rank, in order.
-    pub peers: Vec<String>,
-    /// What its members know.
-    pub secret: Secret,
-}
-
-impl GroupSpec {
-    fn check(&self) -> Result<()> {
-        let detail = if self.rank >= self.peers.len() {
-            format!("rank {} of {} ranks", self.rank, self.peers.len())
-        } else if self.group.len() > MAX_NAME {
-            format!("the group's name has {} bytes, {MAX_NAME} are allowed", self.group.len())
-        } else {
-            return Ok(());
-        };
-        Err(Error::Shape { op: "form", detail })
+    /// Connects with the other ranks of this rank's stage, and with the neighbouring stages where this one sends or receives. All ranks
+    /// of `spec` must call this within `limit`. Blocks; `abort` frees it, and later every `exchange`, `send` and `receive`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] as soon as a rank below turns out not to be of this group, or the other way round, and [`Error::Lost`]
+    /// when a rank is still missing after `limit`; both in [`Error::Stage`] where it is of another stage. Peers in an older epoch
+    /// are waited for.
+    pub fn form(
+        &self,
+        spec: &GroupSpec,
+        abort: AbortHandle,
+        limit: Duration,
+    ) -> Result<(TcpTransport, StageLink)> {
+        let mut streams = form(self, spec, &abort, limit)?;
+        let ranks = 0..spec.width(spec.stage);
+        let own = ranks.map(|rank| streams.remove(&Member { stage: spec.stage, rank })).collect();
+        let link = StageLink::tcp(spec, streams, abort.clone())?;
+        Ok((TcpTransport::new(spec.rank, own, abort), link))
     }
 }
 
-/// Connects with all other ranks; returns the streams by rank, non-blocking, none for this rank.
-pub(crate) fn form(
+/// The streams to all ranks that this one has to do with, non-blocking.
+fn form(
     listener: &Listener,
     spec: &GroupSpec,
     abort: &AbortHandle,
     limit: Duration,
-) -> Result<Vec<Option<TcpStream>>> {
+) -> Result<BTreeMap<Member, TcpStream>> {
     spec.check()?;
+    abort.stage_begins(spec.number(spec.stage, 0));
     let forming = Forming { spec, abort, deadline: Instant::now() + limit, over: AtomicBool::new(false) };
     thread::scope(|scope| {
         let result = forming.run(scope, &listener.listener);
@@ -103,7 +99,7 @@ struct Forming<'a> {
 
 /// How an attempt to connect ended.
 enum Outcome {
-    Joined(usize, TcpStream),
+    Joined(Member, TcpStream),
     /// A rank below cannot be reached: there will be no group.
     Failed(Error),
     /// Somebody who connected does not belong.
@@ -111,24 +107,29 @@ enum Outcome {
 }
 
 impl Forming<'_> {
-    fn run<'s>(&'s self, scope: &'s Scope<'s, '_>, listener: &TcpListener) -> Result<Vec<Option<TcpStream>>> {
+    fn run<'s>(
+        &'s self,
+        scope: &'s Scope<'s, '_>,
+        listener: &TcpListener,
+    ) -> Result<BTreeMap<Member, TcpStream>> {
         let (outcomes, arrived) = mpsc::channel();
         // The receiver is gone only when nobody wants the outcome any more.
         let start = |attempt: Box<dyn FnOnce() -> Outcome + Send + 's>| {
             let outcomes = outcomes.clone();
             scope.spawn(move || drop(outcomes.send(attempt())))
         };
-        for rank in 0..self.spec.rank {
-            start(Box::new(move || self.connect(rank)));
+        let (below, above) = (self.spec.below(), self.spec.above());
+        for &member in &below {
+            start(Box::new(move || self.connect(member)));
         }
-        let mut streams: Vec<Option<TcpStream>> = self.spec.peers.iter().map(|_| None).collect();
+        let mut streams = BTreeMap::new();
         let mut handshakes = Vec::new();
         let mut trouble = None;
         loop {
             for outcome in arrived.try_iter() {
                 match outcome {
                     // A rank that comes twice did not hear the end of its first handshake.
-                    Outcome::Joined(rank, stream) => streams[rank] = Some(stream),
+                    Outcome::Joined(member, stream) => drop(streams.insert(member, stream)),
                     Outcome::Failed(error) => return Err(error),
                     Outcome::Refused(why) => {
                         tracing::warn!(group = self.spec.group, why, "refused a connection");
@@ -136,12 +137,11 @@ impl Forming<'_> {
                     }
                 }
             }
-            let Some(missing) =
-                (0..streams.len()).find(|&rank| rank != self.spec.rank && streams[rank].is_none())
-            else {
+            let mut peers = below.iter().chain(&above);
+            let Some(&missing) = peers.find(|member| !streams.contains_key(member)) else {
                 return Ok(streams);
             };
-            self.abort.wait_for(Some(missing));
+            self.abort.wait_for_member(Some(self.spec.number(missing.stage, missing.rank)));
             self.in_time(missing, trouble.as_deref())?;
             handshakes.retain(|handshake: &ScopedJoinHandle<'_, ()>| !handshake.is_finished());
             match listener.accept() {
@@ -156,39 +156,32 @@ impl Forming<'_> {
     }
 
     /// Connects to a rank below. That rank may not have been told of this epoch yet, so it is tried again.
-    fn connect(&self, rank: usize) -> Outcome {
-        let address = &self.spec.peers[rank];
+    fn connect(&self, member: Member) -> Outcome {
+        let address = self.spec.address(member);
         let mut trouble = None;
         loop {
-            if let Err(error) = self.in_time(rank, trouble.as_deref()) {
+            if let Err(error) = self.in_time(member, trouble.as_deref()) {
                 return Outcome::Failed(error);
             }
-            match self.dial(rank, address).and_then(ready) {
-                Ok(stream) => return Outcome::Joined(rank, stream),
+            match self.dial(member, address).and_then(ready) {
+                Ok(stream) => return Outcome::Joined(member, stream),
                 Err(failure) if failure.may_pass() => trouble = Some(format!("{address}: {failure}")),
                 Err(failure) => {
-                    return Outcome::Failed(Error::Refused { rank, why: format!("{address}: {failure}") });
+                    let error = Error::Refused { rank: member.rank, why: format!("{address}: {failure}") };
+                    return Outcome::Failed(self.spec.of(member, error));
                 }
             }
             thread::sleep(RETRY_INTERVAL);
         }
     }
 
-    fn dial(&self, rank: usize, address: &str) -> std::result::Result<TcpStream, Failure> {
+    fn dial(&self, member: Member, address: &str) -> std::result::Result<TcpStream, Failure> {
         let mut failure = io::Error::new(ErrorKind::NotFound, "the name has no address");
         for address in address.to_socket_addrs()? {
             match TcpStream::connect_timeout(&address, DIAL_LIMIT) {
                 Ok(stream) => {
-                    let spec = self.spec;
-                    let terms = Terms {
-                        group: &spec.group,
-                        epoch: spec.epoch,
-                        size: spec.peers.len(),
-                        initiator: spec.rank,
-                        responder: rank,
-                    };
                     let mut channel = self.limited(&stream, self.deadline)?;
-                    handshake::initiate(&mut channel, &terms, &spec.secret)?;
+                    handshake::initiate(&mut channel, self.spec, member)?;
                     return Ok(stream);
                 }
                 Err(error) => failure = error,
@@ -198,11 +191,9 @@ impl Forming<'_> {
     }
 
     fn accept(&self, stream: TcpStream, address: SocketAddr) -> Outcome {
-        let GroupSpec { group, epoch, rank, peers, secret } = self.spec;
         let deadline = self.deadline.min(Instant::now() + STRANGER_LIMIT);
-        let peer = self.limited(&stream, deadline).map_err(Failure::Broken).and_then(|mut channel| {
-            handshake::respond(&mut channel, group, *epoch, peers.len(), *rank, secret)
-        });
+        let channel = self.limited(&stream, deadline).map_err(Failure::Broken);
+        let peer = channel.and_then(|mut channel| handshake::respond(&mut channel, self.spec));
         match peer.and_then(|peer| Ok((peer, ready(stream)?))) {
             Ok((peer, stream)) => Outcome::Joined(peer, stream),
             Err(failure) => Outcome::Refused(format!("{address}: {failure}")),
@@ -222,7 +213,7 @@ impl Forming<'_> {
     }
 
     /// Whether there is still time; `trouble` is what the last attempt ran into.
-    fn in_time(&self, missing: usize, trouble: Option<&str>) -> Result<()> {
+    fn in_time(&self, missing: Member, trouble: Option<&str>) -> Result<()> {
         if !self.wanted() {
             return Err(Error::Aborted);
         }
@@ -233,7 +224,8 @@ impl Forming<'_> {
         if let Some(trouble) = trouble {
             what += &format!("; last trouble with {trouble}");
         }
-        Err(Error::Lost { rank: missing, source: io::Error::new(ErrorKind::TimedOut, what) })
+        let source = io::Error::new(ErrorKind::TimedOut, what);
+        Err(self.spec.of(missing, Error::Lost { rank: missing.rank, source }))
     }
 }
 

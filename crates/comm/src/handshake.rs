@@ -1,7 +1,7 @@
 //! How two ranks find out that they belong together: same protocol, group, epoch and secret, and the right numbers.
 //!
 //! ```text
-//! initiator → responder   hello: magic, protocol, group, epoch, size, both ranks, nonce
+//! initiator → responder   hello: magic, protocol, group, epoch, number of stages, of both ranks stage, number and the stage's width, nonce
 //! responder → initiator   answer: magic, verdict, its epoch, nonce
 //! initiator → responder   proof
 //! responder → initiator   verdict, proof
@@ -11,10 +11,12 @@
 
 use std::io;
 
-use auth::{Nonce, Proof, Role, Secret};
+use auth::{Nonce, Proof, Role};
+
+use crate::group::{GroupSpec, Member};
 
 /// Raised with every change of the messages of this crate.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 const MAGIC: [u8; 8] = *b"phalanx\0";
 /// Bytes that a group's name has at most.
 pub(crate) const MAX_NAME: usize = 64;
@@ -23,17 +25,6 @@ pub(crate) const MAX_NAME: usize = 64;
 pub(crate) trait Channel {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()>;
     fn receive(&mut self, bytes: &mut [u8]) -> io::Result<()>;
-}
-
-/// What both ends of a connection must agree on.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Terms<'a> {
-    /// At most [`MAX_NAME`] bytes.
-    pub(crate) group: &'a str,
-    pub(crate) epoch: (u64, u64),
-    pub(crate) size: usize,
-    pub(crate) initiator: usize,
-    pub(crate) responder: usize,
 }
 
 /// Why a handshake came to nothing.
@@ -71,7 +62,7 @@ pub(crate) enum Difference {
     Group = 2,
     #[error("another epoch")]
     Epoch = 3,
-    #[error("another size of the group, or an unexpected rank in it")]
+    #[error("another size of the group or of a stage, or an unexpected rank in it")]
     Rank = 4,
     #[error("another secret")]
     Secret = 5,
@@ -83,11 +74,12 @@ const DIFFERENCES: [Difference; 5] =
 /// The connecting side.
 pub(crate) fn initiate(
     channel: &mut impl Channel,
-    terms: &Terms<'_>,
-    secret: &Secret,
+    spec: &GroupSpec,
+    responder: Member,
 ) -> Result<(), Failure> {
+    let secret = &spec.secret;
     let nonce = Nonce::random();
-    let hello = hello(terms, &nonce);
+    let hello = hello(spec, responder, &nonce);
     channel.send(&hello)?;
 
     let mut answer = [0; 8 + 1 + 16 + 32];
@@ -101,7 +93,7 @@ pub(crate) fn initiate(
     let their_nonce = Nonce(fields.array());
     match verdict_of(verdict)? {
         None => {}
-        Some(Difference::Epoch) => return Err(Failure::Epoch { theirs, ours: terms.epoch }),
+        Some(Difference::Epoch) => return Err(Failure::Epoch { theirs, ours: spec.epoch }),
         Some(difference) => return Err(Failure::Refused(difference)),
     }
 
@@ -119,15 +111,9 @@ pub(crate) fn initiate(
     }
 }
 
-/// The accepting side, of rank `own`, which awaits all ranks above it; returns the rank that connected.
-pub(crate) fn respond(
-    channel: &mut impl Channel,
-    group: &str,
-    epoch: (u64, u64),
-    size: usize,
-    own: usize,
-    secret: &Secret,
-) -> Result<usize, Failure> {
+/// The accepting side, which awaits all ranks above it; returns the one that connected.
+pub(crate) fn respond(channel: &mut impl Channel, spec: &GroupSpec) -> Result<Member, Failure> {
+    let (epoch, secret) = (spec.epoch, &spec.secret);
     let mut hello = [0; HELLO_BYTES];
     channel.receive(&mut hello)?;
     let mut fields = Fields(&hello);
@@ -137,20 +123,21 @@ pub(crate) fn respond(
     let protocol: [u8; 4] = fields.array();
     let their_group: [u8; 1 + MAX_NAME] = fields.array();
     let their_epoch = (fields.u64(), fields.u64());
-    let (their_size, initiator, responder) = (fields.u64(), fields.u64(), fields.u64());
+    let stages = fields.u64();
+    let (initiator, responder) = ([(); 3].map(|()| fields.u64()), [(); 3].map(|()| fields.u64()));
     let nonce = Nonce(fields.array());
 
-    let awaited = (own as u64 + 1..size as u64).contains(&initiator);
+    let awaited = spec.above().into_iter().find(|&member| seat(spec, member) == initiator);
     let difference = if protocol != PROTOCOL.to_ne_bytes() {
         Some(Difference::Protocol)
-    } else if their_group != padded(group) {
+    } else if their_group != padded(&spec.group) {
         Some(Difference::Group)
     } else if their_epoch != epoch {
         Some(Difference::Epoch)
-    } else if their_size != size as u64 || responder != own as u64 || !awaited {
+    } else if stages != spec.stages.len() as u64 || responder != seat(spec, spec.own()) {
         Some(Difference::Rank)
     } else {
-        None
+        awaited.is_none().then_some(Difference::Rank)
     };
     let own_nonce = Nonce::random();
     let mut answer = Vec::with_capacity(64);
@@ -175,12 +162,17 @@ pub(crate) fn respond(
     let mut welcome = [0; 33];
     welcome[1..].copy_from_slice(&secret.prove(Role::Responder, &hello, &nonce, &own_nonce).0);
     channel.send(&welcome)?;
-    Ok(initiator as usize)
+    awaited.ok_or(Failure::Differs(Difference::Rank))
 }
 
-const HELLO_BYTES: usize = 8 + 4 + (1 + MAX_NAME) + 16 + 24 + 32;
+const HELLO_BYTES: usize = 8 + 4 + (1 + MAX_NAME) + 16 + 8 * (1 + 3 + 3) + 32;
 
-fn hello(terms: &Terms<'_>, nonce: &Nonce) -> [u8; HELLO_BYTES] {
+/// Stage and number of a rank, and the ranks that there are in that stage.
+fn seat(spec: &GroupSpec, member: Member) -> [u64; 3] {
+    [member.stage, member.rank, spec.width(member.stage)].map(|number| number as u64)
+}
+
+fn hello(spec: &GroupSpec, responder: Member, nonce: &Nonce) -> [u8; HELLO_BYTES] {
     let mut bytes = [0; HELLO_BYTES];
     let mut rest = &mut bytes[..];
     let mut put = |field: &[u8]| {
@@ -191,12 +183,13 @@ fn hello(terms: &Terms<'_>, nonce: &Nonce) -> [u8; HELLO_BYTES] {
     put(&MAGIC);
     // In this machine's byte order, as the payloads of collectives are: machines of different orders part here.
     put(&PROTOCOL.to_ne_bytes());
-    put(&padded(terms.group));
-    for number in [terms.epoch.0, terms.epoch.1] {
+    put(&padded(&spec.group));
+    let stages = spec.stages.len() as u64;
+    for number in [spec.epoch.0, spec.epoch.1, stages] {
         put(&number.to_le_bytes());
     }
-    for number in [terms.size, terms.initiator, terms.responder] {
-        put(&(number as u64).to_le_bytes());
+    for number in [seat(spec, spec.own()), seat(spec, responder)].as_flattened() {
+        put(&number.to_le_bytes());
     }
     put(&nonce.0);
     bytes

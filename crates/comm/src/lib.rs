@@ -1,4 +1,5 @@
-//! Collectives between the ranks of a group: the same calls in the same order on every rank, blocking.
+//! Collectives between the ranks of a stage: the same calls in the same order on every rank, blocking. And what takes the hidden
+//! state from one stage of a pipeline to the next: [`StageLink`].
 //!
 //! [`Collective`] is the seam to the forward pass. On the CPU it is [`MeshCollective`] over a [`Transport`]: threads
 //! of one process ([`local_group`]), or processes over TCP ([`TcpTransport`]).
@@ -10,7 +11,9 @@ pub mod cuda;
 mod fold;
 mod form;
 mod frame;
+mod group;
 mod handshake;
+mod link;
 mod local;
 mod mesh;
 mod patience;
@@ -20,7 +23,9 @@ mod transport;
 
 pub use choice::CollectiveChoice;
 pub use collective::{AbortHandle, Collective, Error, Result};
-pub use form::{GroupSpec, Listener};
+pub use form::Listener;
+pub use group::GroupSpec;
+pub use link::{StageLink, local_pipeline};
 pub use local::{LocalTransport, local_group};
 pub use mesh::MeshCollective;
 pub use tcp::TcpTransport;

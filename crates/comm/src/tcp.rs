@@ -2,17 +2,15 @@
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::collective::{AbortHandle, Error, Result};
-use crate::form::{GroupSpec, Listener, form};
 use crate::frame::{Incoming, Outgoing};
 use crate::patience::{Patience, SLEEP};
 use crate::transport::Transport;
 
-/// One rank of a group of processes.
+/// One rank of a group of processes; [`Listener::form`](crate::Listener::form) makes it.
 #[derive(Debug)]
 pub struct TcpTransport {
     rank: usize,
@@ -23,15 +21,9 @@ pub struct TcpTransport {
 }
 
 impl TcpTransport {
-    /// Connects with all other ranks of `spec`, each of which must call this within `limit`. Blocks; `abort` frees it,
-    /// and later every `exchange`.
-    ///
-    /// Fails with [`Error::Refused`] as soon as a rank below turns out not to be of this group, or the other way
-    /// round, and with [`Error::Lost`] when a rank is still missing after `limit`. Peers in an older epoch are
-    /// waited for.
-    pub fn form(listener: &Listener, spec: &GroupSpec, abort: AbortHandle, limit: Duration) -> Result<Self> {
-        let streams = form(listener, spec, &abort, limit)?;
-        Ok(Self { rank: spec.rank, streams, calls: 0, abort })
+    /// `streams` by rank, non-blocking, none for this rank.
+    pub(crate) fn new(rank: usize, streams: Vec<Option<TcpStream>>, abort: AbortHandle) -> Self {
+        Self { rank, streams, calls: 0, abort }
     }
 
     fn stream(&self, rank: usize) -> Result<&TcpStream> {

@@ -26,6 +26,7 @@ pub(crate) fn limits(
         max_batch_tokens: within(config.max_batch_tokens, step_rows, USUAL_BATCH_TOKENS),
         max_sequences: within(config.max_sequences, sampled_rows, USUAL_SEQUENCES).min(MAX_SLICES as u32),
         steps_in_flight,
+        stages: 1,
     }
 }
 

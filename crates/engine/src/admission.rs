@@ -118,6 +118,7 @@ mod tests {
         max_batch_tokens: 16,
         max_sequences: 4,
         steps_in_flight: 1,
+        stages: 1,
     };
 
     fn request(prompt: usize, max_tokens: u32) -> Request {

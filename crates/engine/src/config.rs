@@ -15,8 +15,11 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Sequences that run at once, as far as `max_batch_tokens` has a row for each; 0 counts as 1.
     pub max_sequences: u32,
-    /// Steps that may be planned before the first of them was applied; 0 counts as 1.
+    /// Steps that a rank takes before the first of them was applied; 0 counts as 1. A pipeline takes one more for each further stage.
     pub steps_in_flight: u32,
+    /// Stages of the pipeline, each of which runs another step at the same time; 0 counts as 1. With more than one, a step takes a
+    /// part of the sequences, and none is planned again before its sampled token is known.
+    pub stages: u32,
 }
 
 impl SchedulerConfig {
@@ -30,8 +33,19 @@ impl SchedulerConfig {
         self.max_sequences.min(self.max_batch_tokens).max(1)
     }
 
-    /// Steps between planning and applying.
+    /// Steps between planning and applying: one in every stage, and in the last one as many as a rank takes.
     pub(crate) fn steps_in_flight(&self) -> u64 {
-        self.steps_in_flight.max(1).into()
+        u64::from(self.steps_in_flight.max(1)) + self.stages() as u64 - 1
+    }
+
+    /// Stages of the pipeline, at least 1.
+    pub(crate) fn stages(&self) -> usize {
+        self.stages.max(1) as usize
+    }
+
+    /// Whether a sequence goes on with the token that is being sampled, which ranks then keep. Only the last stage of a pipeline
+    /// samples, and the first one would need it.
+    pub(crate) fn looks_ahead(&self) -> bool {
+        self.stages() == 1 && self.steps_in_flight() > 1
     }
 }

@@ -7,6 +7,9 @@
 //!
 //! Steps may be planned while earlier ones are in flight: a sequence whose next token is being sampled goes on with it unseen.
 //! What is in flight keeps its blocks. If the youngest is, whoever lacks a block, and all that are younger, sit out until it is not.
+//!
+//! In a pipeline, sequences spread over as many steps as there are stages ([`spread`]); a prompt's chunks may follow each other
+//! through the stages, but nothing goes on with what is being sampled.
 
 use std::collections::VecDeque;
 
@@ -16,6 +19,7 @@ use crate::config::SchedulerConfig;
 use crate::sequence::{Running, Sequence};
 use crate::{Epoch, Event, Request, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
 
+mod spread;
 #[cfg(test)]
 mod tests;
 
@@ -118,20 +122,21 @@ impl Scheduler {
     /// The next step. None while as many are in flight as may be, or as long as there is nothing to do: try again after
     /// [`Self::apply`] or [`Self::submit`].
     pub fn plan(&mut self) -> Option<StepPlan> {
-        let steps_in_flight = self.config.steps_in_flight();
-        if self.next_step.0 - self.next_output.0 >= steps_in_flight {
+        if self.in_flight() >= self.config.steps_in_flight() {
             return None;
         }
+        let seats = self.seats();
         let mut budget = self.config.max_batch_tokens.max(1) as usize;
         let mut slices = Vec::new();
         let mut at = 0;
         let mut goes_on = true;
         // Preemption shortens the list, but only from `at` on.
-        while goes_on && at < self.running.len() {
+        while goes_on && slices.len() < seats && at < self.running.len() {
             goes_on = self.schedule(at, &mut budget, &mut slices);
             at += 1;
         }
         while goes_on
+            && slices.len() < seats
             && budget > 0
             && let Some(at) = self.join()
         {
@@ -142,7 +147,7 @@ impl Scheduler {
         }
         let step = self.next_step;
         self.next_step.0 += 1;
-        Some(StepPlan { epoch: self.epoch, step, keep_sampled: steps_in_flight > 1, slices })
+        Some(StepPlan { epoch: self.epoch, step, keep_sampled: self.config.looks_ahead(), slices })
     }
 
     /// Takes the output of the oldest step in flight and returns what happened, in order. Output of another epoch or step is
@@ -216,7 +221,7 @@ impl Scheduler {
     /// last this one itself. False if it cannot, because it is in flight: then the step ends here.
     fn schedule(&mut self, at: usize, budget: &mut usize, slices: &mut Vec<SeqSlice>) -> bool {
         while let Some(running) = self.running.get_mut(at) {
-            let rows = running.remaining().min(*budget);
+            let rows = spread::ready(&self.config, running).min(*budget);
             if rows == 0 {
                 break;
             }
@@ -259,6 +264,11 @@ impl Scheduler {
         self.pool.give_back(running.table);
         self.free_slots.push(running.slot);
         running.sequence
+    }
+
+    /// Steps that were planned and not applied yet.
+    fn in_flight(&self) -> u64 {
+        self.next_step.0 - self.next_output.0
     }
 
     fn check(&self, output: &StepOutput) -> Result<(), OutputError> {

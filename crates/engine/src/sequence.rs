@@ -146,7 +146,7 @@ impl Running {
     }
 
     /// Tokens that steps in flight sample.
-    fn sampling(&self) -> usize {
+    pub(crate) fn sampling(&self) -> usize {
         self.flights.iter().filter(|flight| flight.samples).count()
     }
 }

@@ -19,12 +19,13 @@ const MAX_ROWS: usize = 65_536;
 
 /// One rank of a group, driven by one thread.
 pub trait Executor {
-    /// Steps that may be launched before the oldest of them was polled; at least 1.
+    /// Steps that may be launched before the oldest of them was polled; at least 1. 1 in a pipeline, which as a
+    /// whole takes one for each stage: a launch waits for the stage in front, and outside the last stage there is nothing to poll for.
     fn steps_in_flight(&self) -> usize;
     /// Starts a step, which may go on with what the ones before it sample. Every rank of the group is given the same plans in the same
     /// order.
     fn launch(&mut self, plan: &StepPlan) -> Result<()>;
-    /// Waits for the oldest step that was not polled yet: on the sampling rank its output, elsewhere none.
+    /// Waits for the oldest step that was not polled yet: on the sampling rank, of the last stage, its output, elsewhere none.
     fn poll(&mut self) -> Result<Option<StepOutput>>;
     /// Whether [`Executor::poll`] would not wait. While a step is in flight this is to be asked again and again: in between, a device
     /// that waits for other ranks looks after them.
@@ -44,6 +45,8 @@ pub(crate) struct Limits {
     pub(crate) max_context: usize,
     pub(crate) kv_blocks: usize,
     pub(crate) block_size: usize,
+    /// Of the pipeline.
+    pub(crate) stages: usize,
 }
 
 /// Runs plans on one backend.
@@ -69,6 +72,8 @@ struct Running {
 impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
     pub(crate) fn new(model: Model<B, C>, kv_shape: KvShape, limits: Limits, options: &ModelOptions) -> Self {
         let ModelOptions { steps_in_flight, largest_step, .. } = *options;
+        // Whoever waits for another stage does not look after a step that runs, whose output would come late.
+        let steps_in_flight = if limits.stages > 1 { 1 } else { steps_in_flight };
         let (slots, running) = (Slots::default(), VecDeque::new());
         Self { model, kv_shape, limits, steps_in_flight, largest_step, slots, running }
     }
@@ -183,6 +188,12 @@ impl Limits {
             && let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocabulary)
         {
             return above("token id", id, self.vocabulary - 1);
+        }
+        if slice.tokens == Tokens::LastSampled && self.stages > 1 {
+            return Some(format!(
+                "its token is to be the last sampled, which of {} stages only the last knows: plans of a pipeline carry ids",
+                self.stages
+            ));
         }
         if let Some(block) = slice.blocks.iter().find(|block| block.0 as usize >= self.kv_blocks) {
             return above("KV block", block, self.kv_blocks - 1);

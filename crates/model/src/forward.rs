@@ -3,6 +3,9 @@
 //! Every rank runs the same sequence of ops on its own units; the partial sums of the embedding, `o_proj` and
 //! `down_proj` meet in `tree_reduce`, and the logits of sampled rows are gathered on rank 0, which tells the others what it chose if
 //! later steps may go on with that unseen. The residual stream and all sums are f32; what enters a matrix or attention is of the compute dtype.
+//!
+//! In a pipeline a stage runs its layers alone: it takes the residual stream from the stage in front and hands it on, in f32, so the
+//! bits are those of one stage.
 
 use std::ops::Range;
 
@@ -13,15 +16,17 @@ use kernels::{Backend, Batch, CHOSEN_COLS, Choice, DType, KvShape, Partial, Samp
 use crate::config::Config;
 use crate::error::Result;
 use crate::source::StepSize;
+use crate::stage::Stage;
 use crate::weights::{Weights, ffn_width};
 
-/// The rank that gets the logits and samples.
+/// The rank, of the last stage, that gets the logits and samples.
 pub const SAMPLING_RANK: usize = 0;
 
 /// One rank of a model.
 pub(crate) struct Model<B: Backend, C> {
     // Dropped first: other ranks must not wait for this one while it frees a device's memory.
     collective: C,
+    stage: Stage,
     backend: B,
     weights: Weights<B>,
     kv: B::KvCache,
@@ -29,7 +34,7 @@ pub(crate) struct Model<B: Backend, C> {
     activations: Option<Activations<B>>,
 }
 
-/// How a model is laid out over a group.
+/// How a model is laid out over a stage's ranks.
 pub(crate) struct Layout<'a> {
     pub(crate) config: &'a Config,
     /// The units of every rank.
@@ -72,9 +77,14 @@ struct Activations<B: Backend> {
     attended: B::Buffer,
     gate_up: B::Buffer,
     activated: B::Buffer,
-    /// Rows that are sampled from.
-    last_residual: B::Buffer,
-    last_reduced: B::Buffer,
+    /// In the last stage.
+    last: Option<LastActivations<B>>,
+}
+
+/// Of rows that are sampled from.
+struct LastActivations<B: Backend> {
+    residual: B::Buffer,
+    reduced: B::Buffer,
     logits: B::Buffer,
     all_logits: B::Buffer,
     /// What was chosen from them.
@@ -87,19 +97,21 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     pub(crate) fn new(
         mut backend: B,
         collective: C,
+        stage: Stage,
         weights: Weights<B>,
         layout: &Layout<'_>,
         kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
     ) -> Result<Self> {
         let dims = Dims::new(layout.config, layout.ranges, collective.rank(), layout.dtype);
+        let last = stage.is_last();
         let padded = |StepSize { rows, sampled }| StepSize {
             rows: backend.padded_rows(rows),
             sampled: backend.padded_rows(sampled),
         };
         let size = layout.largest_step.map(padded);
-        let activations = size.map(|size| Activations::allocate(&backend, &dims, size)).transpose()?;
+        let activations = size.map(|size| Activations::allocate(&backend, &dims, size, last)).transpose()?;
         let kv = kv(&mut backend)?;
-        Ok(Self { backend, collective, weights, kv, dims, activations })
+        Ok(Self { collective, stage, backend, weights, kv, dims, activations })
     }
 
     /// A step of `batch`, of which some rows are sampled.
@@ -110,14 +122,39 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows; all ranks keep
     /// those that later steps may ask for. Steps before it may still run.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
+        let rows = self.receive(step)?;
         self.collective.begin_step()?;
         self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
-        let Self { backend, collective, weights, kv, dims, activations } = self;
+        let Self { collective, backend, weights, kv, dims, activations, .. } = self;
         let Some(a) = activations else { return Ok(()) };
+        if !rows.is_empty() {
+            backend.upload(&rows, &mut a.residual)?;
+        }
         backend.run(step, collective.can_be_recorded(), |backend| {
             forward(backend, collective, weights, kv, dims, a, step)?;
             choose(backend, collective, a, step)
-        })
+        })?;
+        self.send(step)
+    }
+
+    /// The residual stream as the stage in front left it, before anything of the step begins here; empty in the first stage.
+    fn receive(&mut self, step: &Step) -> Result<Vec<f32>> {
+        if self.stage.is_first() {
+            return Ok(Vec::new());
+        }
+        let mut rows = vec![0.0; step.batch.rows() * self.dims.hidden];
+        self.stage.link.receive(&mut rows)?;
+        Ok(rows)
+    }
+
+    /// Hands the residual stream to the next stage.
+    fn send(&mut self, step: &Step) -> Result<()> {
+        let Some(a) = self.activations.as_ref().filter(|_| self.stage.link.sends()) else { return Ok(()) };
+        let mut rows = vec![0.0; step.batch.rows() * self.dims.hidden];
+        self.backend.download(&a.residual, &mut rows)?;
+        // The device was waited for: whether what it has is a result.
+        self.collective.check()?;
+        Ok(self.stage.link.send(rows)?)
     }
 
     /// The choices of the oldest step that began and was not asked about; nothing on ranks that do not sample.
@@ -139,18 +176,23 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
     pub(crate) fn logits(&mut self, step: &Step) -> Result<Vec<Vec<f32>>> {
+        let rows = self.receive(step)?;
         self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
-        let Self { backend, collective, weights, kv, dims, activations } = self;
+        let Self { collective, backend, weights, kv, dims, activations, .. } = self;
         let Some(a) = activations else { return Ok(Vec::new()) };
+        if !rows.is_empty() {
+            backend.upload(&rows, &mut a.residual)?;
+        }
         // These ops are not those of `begin`.
         backend.reset();
         backend.run(step, false, |backend| forward(backend, collective, weights, kv, dims, a, step))?;
         backend.reset();
-        if collective.rank() != SAMPLING_RANK {
-            return Ok(Vec::new());
-        }
+        self.send(step)?;
+        let Self { collective, backend, activations, .. } = self;
+        let last = activations.as_ref().and_then(|a| a.last.as_ref());
+        let Some(last) = last.filter(|_| collective.rank() == SAMPLING_RANK) else { return Ok(Vec::new()) };
         let rows = 0..step.sampled.len();
-        let logits = rows.map(|row| Ok(backend.read_row(&a.all_logits, row)?)).collect::<Result<_>>()?;
+        let logits = rows.map(|row| Ok(backend.read_row(&last.all_logits, row)?)).collect::<Result<_>>()?;
         collective.check()?;
         Ok(logits)
     }
@@ -167,7 +209,8 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
             };
             // Released before the larger ones are taken, so that both need not fit.
             self.activations = None;
-            self.activations = Some(Activations::allocate(&self.backend, &self.dims, size)?);
+            self.activations =
+                Some(Activations::allocate(&self.backend, &self.dims, size, self.stage.is_last())?);
         }
         Ok(())
     }
@@ -188,7 +231,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     }
 
     pub(crate) fn samples(&self) -> bool {
-        self.collective.rank() == SAMPLING_RANK
+        self.stage.is_last() && self.collective.rank() == SAMPLING_RANK
     }
 
     pub(crate) fn backend_mut(&mut self) -> &mut B {
@@ -203,7 +246,8 @@ impl<B: Backend, C> Drop for Model<B, C> {
     }
 }
 
-/// The ops of a step, in order; the logits of its sampled rows are in `all_logits` of the sampling rank.
+/// The ops of a step, in order. In the first stage the residual stream begins with the embedding. In the last one the logits of the
+/// sampled rows are then in `all_logits` of the sampling rank; elsewhere the residual stream is complete.
 fn forward<B: Backend, C: Collective<B::Buffer>>(
     backend: &mut B,
     collective: &mut C,
@@ -218,10 +262,17 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
     let scale = 1.0 / (dims.head_dim as f32).sqrt();
 
     backend.rope_table(step, &dims.frequencies, &mut a.rope)?;
-    for (table, partial) in weights.embedding.iter().zip(&mut a.partials) {
-        backend.embed(step, table, &mut partial.sum)?;
+    match (&weights.embedding[..], collective.size()) {
+        ([], _) => {}
+        // Not by a swap: other stages look for the residual stream where it was when the step was recorded.
+        ([whole], 1) => backend.embed(step, whole, &mut a.residual)?,
+        (tables, _) => {
+            for (table, partial) in tables.iter().zip(&mut a.partials) {
+                backend.embed(step, table, &mut partial.sum)?;
+            }
+            collective.tree_reduce(tree, len, &a.partials, &mut a.residual)?;
+        }
     }
-    add_partials(collective, tree, len, &mut a.partials, &mut a.residual)?;
 
     for (index, layer) in weights.layers.iter().enumerate() {
         let norm = &layer.attention_norm;
@@ -244,16 +295,24 @@ fn forward<B: Backend, C: Collective<B::Buffer>>(
         add_partials(collective, tree, len, &mut a.partials, &mut a.reduced)?;
     }
 
+    let (Some(head), Some(last)) = (&weights.last, &mut a.last) else {
+        // The sum is what the next stage needs; its norm, by whatever weights, is not.
+        if let Some(layer) = weights.layers.last() {
+            let norm = &layer.ffn_norm;
+            backend.add_rms_norm(rows, &a.reduced, &mut a.residual, norm, dims.eps, &mut a.normed)?;
+        }
+        return Ok(());
+    };
     if step.sampled.is_empty() {
         return Ok(());
     }
     let count = step.sampled_rows;
-    backend.gather_sampled(step, &a.residual, &mut a.last_residual)?;
-    backend.gather_sampled(step, &a.reduced, &mut a.last_reduced)?;
-    let (x, residual) = (&a.last_reduced, &mut a.last_residual);
-    backend.add_rms_norm(count, x, residual, &weights.norm, dims.eps, &mut a.normed)?;
-    backend.linear(count, &a.normed, &weights.head, &mut a.logits)?;
-    collective.gather(SAMPLING_RANK, count, &a.logits, &dims.vocab_counts, &mut a.all_logits)?;
+    backend.gather_sampled(step, &a.residual, &mut last.residual)?;
+    backend.gather_sampled(step, &a.reduced, &mut last.reduced)?;
+    let (x, residual) = (&last.reduced, &mut last.residual);
+    backend.add_rms_norm(count, x, residual, &head.norm, dims.eps, &mut a.normed)?;
+    backend.linear(count, &a.normed, &head.head, &mut last.logits)?;
+    collective.gather(SAMPLING_RANK, count, &last.logits, &dims.vocab_counts, &mut last.all_logits)?;
     Ok(())
 }
 
@@ -272,24 +331,22 @@ fn add_partials<B, C: Collective<B>>(
     Ok(collective.tree_reduce(tree, len, partials, out)?)
 }
 
-/// Samples from `all_logits`, and has all ranks keep what later steps may ask for.
+/// Samples from `all_logits` in the last stage, and has all its ranks keep what later steps may ask for.
 fn choose<B: Backend, C: Collective<B::Buffer>>(
     backend: &mut B,
     collective: &mut C,
     a: &mut Activations<B>,
     step: &Step,
 ) -> Result<()> {
-    if step.sampled.is_empty() {
-        return Ok(());
-    }
+    let Some(last) = a.last.as_mut().filter(|_| !step.sampled.is_empty()) else { return Ok(()) };
     let samples = collective.rank() == SAMPLING_RANK;
     if samples {
-        backend.sample(step, &a.all_logits, &mut a.chosen)?;
+        backend.sample(step, &last.all_logits, &mut last.chosen)?;
     }
     if step.keeps() && collective.size() > 1 {
-        collective.broadcast(SAMPLING_RANK, step.sampled_rows * CHOSEN_COLS, &mut a.chosen)?;
+        collective.broadcast(SAMPLING_RANK, step.sampled_rows * CHOSEN_COLS, &mut last.chosen)?;
         if !samples {
-            backend.keep(step, &a.chosen)?;
+            backend.keep(step, &last.chosen)?;
         }
     }
     Ok(())
@@ -323,13 +380,11 @@ impl Dims {
 }
 
 impl<B: Backend> Activations<B> {
-    fn allocate(backend: &B, dims: &Dims, size: StepSize) -> Result<Self> {
+    fn allocate(backend: &B, dims: &Dims, size: StepSize, is_last: bool) -> Result<Self> {
         let StepSize { rows, sampled } = size;
         let f32 = |cols| backend.buffer(DType::F32, rows, cols);
-        let sampled = |cols| backend.buffer(DType::F32, sampled, cols);
         let compute = |cols| backend.buffer(dims.dtype, rows, cols);
         let ffn: usize = dims.ffn_widths.iter().sum();
-        let own_vocab = dims.vocab_counts[dims.rank];
         Ok(Self {
             size,
             residual: f32(dims.hidden)?,
@@ -347,11 +402,20 @@ impl<B: Backend> Activations<B> {
             attended: compute(dims.head_cols)?,
             gate_up: f32(2 * ffn)?,
             activated: compute(ffn)?,
-            last_residual: sampled(dims.hidden)?,
-            last_reduced: sampled(dims.hidden)?,
-            logits: sampled(own_vocab)?,
-            all_logits: sampled(dims.vocab_counts.iter().sum())?,
-            chosen: sampled(CHOSEN_COLS)?,
+            last: if is_last { Some(LastActivations::allocate(backend, dims, sampled)?) } else { None },
+        })
+    }
+}
+
+impl<B: Backend> LastActivations<B> {
+    fn allocate(backend: &B, dims: &Dims, rows: usize) -> Result<Self> {
+        let f32 = |cols| backend.buffer(DType::F32, rows, cols);
+        Ok(Self {
+            residual: f32(dims.hidden)?,
+            reduced: f32(dims.hidden)?,
+            logits: f32(dims.vocab_counts[dims.rank])?,
+            all_logits: f32(dims.vocab_counts.iter().sum())?,
+            chosen: f32(CHOSEN_COLS)?,
         })
     }
 }

@@ -11,6 +11,7 @@ mod forward;
 mod needs;
 mod slots;
 mod source;
+mod stage;
 mod weights;
 
 pub use config::Config;
@@ -18,4 +19,5 @@ pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
 pub use source::{ModelOptions, ModelSource, Report, StepSize};
+pub use stage::Stage;
 pub use weights::readers;

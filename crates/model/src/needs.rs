@@ -1,7 +1,7 @@
 //! What shares of a model take of a device's memory: measured on one layer of one unit, and computed for the rest.
 
 use engine::{MemoryNeeds, units};
-use kernels::{BLOCK_TOKENS, Backend, CHOSEN_COLS, DType, KvShape};
+use kernels::{BLOCK_TOKENS, Backend, CHOSEN_COLS, DType};
 
 use crate::error::Result;
 use crate::names::Tensor;
@@ -36,7 +36,7 @@ impl ModelSource {
             + sampled * (2 * hidden + shape.vocab + CHOSEN_COLS) * f32;
         let norms = (2 * shape.layers + 1) * hidden * f32;
 
-        let one = KvShape { layers: 1, ..self.kv_shape(1) };
+        let one = self.kv_shape(1, 1);
         Ok(MemoryNeeds {
             layers: shape.layers as u32,
             layer_unit: layer_unit as u64,

@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::executor::{Limits, ModelExecutor};
 use crate::forward::{Layout, Model};
 use crate::names::{LayerTensor, Tensor};
-use crate::weights::{Origin, RandomWeights, Weights};
+use crate::stage::Stage;
+use crate::weights::{Origin, RandomWeights, Share, Weights};
 
 /// Raised with every change of a kernel or of the forward pass that changes bits.
 const KERNEL_VERSION: u32 = 1;
@@ -127,39 +128,50 @@ impl ModelSource {
         }
     }
 
-    /// Loads one rank's units. `ranges` are the units of every rank of the group; the collective knows which rank this is.
+    /// Loads one rank's units of all layers. `ranges` are the units of every rank of the group; the collective knows which rank this is.
     pub fn executor<B: Backend, C: Collective<B::Buffer>>(
         &self,
         backend: B,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {
+        self.stage_executor(backend, Stage::whole(self.config.shape.layers), ranges, collective)
+    }
+
+    /// Loads one rank's units of a stage's layers, and nothing else. `ranges` are the units of every rank of that stage; the collective
+    /// is the stage's own and knows which rank this is.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the stage cannot have these layers, or the rank no units, or there is no room for the KV cache.
+    pub fn stage_executor<B: Backend, C: Collective<B::Buffer>>(
+        &self,
+        backend: B,
+        stage: Stage,
+        ranges: &[Range<usize>],
+        collective: C,
+    ) -> Result<ModelExecutor<B, C>> {
+        stage.check(self.config.shape.layers)?;
         let units = units(&self.config.shape);
         let held = ranges
             .get(collective.rank())
             .filter(|held| held.start < held.end && held.end <= units.len())
             .ok_or_else(|| Error::Option(format!("rank {} has no units", collective.rank())))?
             .clone();
-        let bar = self.progress_bar(&held);
+        let share = Share { layers: stage.layers.clone(), units: held };
+        let bar = self.progress_bar(&share);
         let dtype = self.options.dtype;
-        let weights = Weights::load(
-            &backend,
-            &self.config,
-            &self.origin,
-            &units,
-            held.clone(),
-            dtype,
-            &mut |bytes, all| {
+        let weights =
+            Weights::load(&backend, &self.config, &self.origin, &units, &share, dtype, &mut |bytes, all| {
                 bar.set_length(all);
                 bar.set_position(bytes);
-            },
-        )?;
+            })?;
         bar.finish_and_clear();
 
-        let kv_shape = self.kv_shape(held.len());
+        let kv_shape = self.kv_shape(share.layers.len(), share.units.len());
+        let stages = stage.link.stages();
         let layout = Layout { config: &self.config, ranges, dtype, largest_step: self.options.largest_step };
         let mut kv_blocks = 0;
-        let model = Model::new(backend, collective, weights, &layout, |backend| {
+        let model = Model::new(backend, collective, stage, weights, &layout, |backend| {
             kv_blocks = self.kv_blocks(backend, kv_shape)?;
             Ok(backend.kv_cache(kv_shape, kv_blocks)?)
         })?;
@@ -168,13 +180,15 @@ impl ModelSource {
             max_context: self.max_context(),
             kv_blocks,
             block_size: BLOCK_TOKENS,
+            stages,
         };
         Ok(ModelExecutor::new(model, kv_shape, limits, &self.options))
     }
 
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
-        let block = backend.kv_block_bytes(self.kv_shape(self.config.shape.kv_heads));
+        let block =
+            backend.kv_block_bytes(self.kv_shape(self.config.shape.layers, self.config.shape.kv_heads));
         (tokens.div_ceil(BLOCK_TOKENS) * block) as u64
     }
 
@@ -182,10 +196,9 @@ impl ModelSource {
         self.options.max_context.unwrap_or(self.config.max_positions)
     }
 
-    pub(crate) fn kv_shape(&self, units: usize) -> KvShape {
-        let shape = &self.config.shape;
-        let (layers, head_dim) = (shape.layers, shape.head_dim);
-        KvShape { layers, units, group: shape.group(), head_dim, dtype: self.options.kv_dtype }
+    pub(crate) fn kv_shape(&self, layers: usize, units: usize) -> KvShape {
+        let (group, head_dim) = (self.config.shape.group(), self.config.shape.head_dim);
+        KvShape { layers, units, group, head_dim, dtype: self.options.kv_dtype }
     }
 
     /// Blocks of KV cache that this rank can hold.
@@ -210,7 +223,7 @@ impl ModelSource {
         }
     }
 
-    fn progress_bar(&self, held: &Range<usize>) -> ProgressBar {
+    fn progress_bar(&self, share: &Share) -> ProgressBar {
         let bar = ProgressBar::no_length();
         if !self.options.progress {
             bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -220,7 +233,12 @@ impl ModelSource {
         {
             bar.set_style(style);
         }
-        bar.set_message(format!("loading units {}..{}", held.start, held.end));
+        let Share { layers, units } = share;
+        let mut message = format!("loading units {}..{}", units.start, units.end);
+        if layers.len() < self.config.shape.layers {
+            message += &format!(" of layers {}..{}", layers.start, layers.end);
+        }
+        bar.set_message(message);
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
     }

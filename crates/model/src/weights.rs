@@ -1,4 +1,4 @@
-//! One rank's weights: for every unit that it holds, that unit's slices of every tensor.
+//! One rank's weights: for every unit that it holds, that unit's slices of every tensor of its layers.
 //!
 //! Only those slices are read. A unit's matrices stand by themselves, so that another width loads and drops
 //! units and touches nothing else.
@@ -25,11 +25,26 @@ pub(crate) use random::RandomWeights;
 pub(crate) use request::Request;
 use request::{layer_requests, requests};
 
-/// The weights of a contiguous range of units.
+/// What a rank holds of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// Of its stage: the first has the embedding, the last the final norm and the head.
+    pub(crate) layers: Range<usize>,
+    /// Of each of them.
+    pub(crate) units: Range<usize>,
+}
+
+/// The weights of a share.
 pub(crate) struct Weights<B: Backend> {
-    /// One table for each of the rank's sub-trees of the reduction tree.
+    /// One table for each of the rank's sub-trees of the reduction tree; none but in the first stage.
     pub(crate) embedding: Vec<B::Table>,
     pub(crate) layers: Vec<Layer<B>>,
+    /// In the last stage.
+    pub(crate) last: Option<LastWeights<B>>,
+}
+
+/// What follows the layers.
+pub(crate) struct LastWeights<B: Backend> {
     pub(crate) norm: B::Buffer,
     /// By unit.
     pub(crate) head: Vec<B::Matrix>,
@@ -56,18 +71,19 @@ pub(crate) fn ffn_width(unit: &Unit) -> usize {
 }
 
 impl<B: Backend> Weights<B> {
-    /// Loads the units of `held`; `progress` is told how many bytes have come of how many.
+    /// Loads a share; `progress` is told how many bytes have come of how many.
     pub(crate) fn load(
         backend: &B,
         config: &Config,
         origin: &Origin,
         units: &[Unit],
-        held: Range<usize>,
+        share: &Share,
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let requests = requests(origin, config, units, &held);
-        let tables = Tree { units: units.len() }.subtrees(&held);
+        let requests = requests(origin, config, units, share);
+        let Share { layers, units: held } = share;
+        let tables = if layers.start == 0 { Tree { units: units.len() }.subtrees(held) } else { Vec::new() };
         read_ahead(origin, &requests, |pieces| {
             let bytes = (0, requests.iter().map(|request| origin.bytes(request)).sum());
             let mut loader = Loader { backend, dtype, units: held.len(), origin, pieces, bytes, progress };
@@ -76,16 +92,19 @@ impl<B: Backend> Weights<B> {
                     .into_iter()
                     .map(|part| loader.table(units[part.start].vocab.start))
                     .collect::<Result<_>>()?,
-                layers: (0..config.shape.layers).map(|_| loader.layer()).collect::<Result<_>>()?,
-                norm: loader.vector()?,
-                head: loader.matrices()?,
+                layers: layers.clone().map(|_| loader.layer()).collect::<Result<_>>()?,
+                last: match layers.end == config.shape.layers {
+                    true => Some(LastWeights { norm: loader.vector()?, head: loader.matrices()? }),
+                    false => None,
+                },
             })
         })
     }
 
     /// Bytes that a decode step reads: every matrix.
     pub(crate) fn step_bytes(&self, backend: &B) -> usize {
-        let head: usize = self.head.iter().map(|matrix| backend.matrix_bytes(matrix)).sum();
+        let head = self.last.iter().flat_map(|last| &last.head);
+        let head: usize = head.map(|matrix| backend.matrix_bytes(matrix)).sum();
         self.layers.iter().map(|layer| layer.bytes(backend)).sum::<usize>() + head
     }
 

@@ -83,11 +83,12 @@ impl Site {
         let spec = GroupSpec {
             group: group.clone(),
             epoch: (epoch.term, epoch.counter),
+            stage: 0,
             rank: *rank,
-            peers: members.iter().map(|member| member.address.clone()).collect(),
+            stages: vec![members.iter().map(|member| member.address.clone()).collect()],
             secret: self.secret.clone(),
         };
-        Ok(TcpTransport::form(&self.listener, &spec, abort, FORM_LIMIT)?)
+        Ok(self.listener.form(&spec, abort, FORM_LIMIT)?.0)
     }
 }
 

@@ -14,7 +14,7 @@ use crate::groups::{LONG, each_rank, listener, spec};
 const SHORT: Duration = Duration::from_millis(100);
 
 fn form(listener: &Listener, spec: &GroupSpec, limit: Duration) -> Result<TcpTransport> {
-    TcpTransport::form(listener, spec, AbortHandle::default(), limit)
+    Ok(listener.form(spec, AbortHandle::default(), limit)?.0)
 }
 
 /// Tries to form a group until somebody who came was not let in.
@@ -68,7 +68,7 @@ fn an_older_epoch_is_refused() {
 
 #[test]
 fn another_size_is_refused() {
-    let (accepting, connecting) = refusal(|spec| spec.peers.push(spec.peers[0].clone()));
+    let (accepting, connecting) = refusal(|spec| spec.stages[0].push("nowhere:1".into()));
     assert!(accepting.contains("another size"), "{accepting}");
     assert!(connecting.contains("another size"), "{connecting}");
 }
@@ -86,7 +86,7 @@ fn a_peer_that_is_no_worker_is_an_error() {
     let own = listener();
     let mut spec = spec(0, &[own], &Secret::random());
     spec.rank = 1;
-    spec.peers = vec![address.clone(), address];
+    spec.stages = vec![vec![address.clone(), address]];
     let error = form(&listener(), &spec, LONG).unwrap_err();
     assert!(error.to_string().contains("no phalanx worker"), "{error}");
     web_server.join().unwrap();
@@ -179,7 +179,7 @@ fn abort_frees_a_rank_that_forms() {
         handle.abort();
         Instant::now()
     });
-    let error = TcpTransport::form(&listeners[1], &spec(1, &listeners, &secret), abort, LONG).unwrap_err();
+    let error = listeners[1].form(&spec(1, &listeners, &secret), abort, LONG).unwrap_err();
     let freed = Instant::now();
     assert!(matches!(error, Error::Aborted), "{error}");
     assert!(freed.saturating_duration_since(told.join().unwrap()) < Duration::from_millis(500));
@@ -196,5 +196,7 @@ fn a_false_spec_is_an_error() {
     };
     assert!(with(|_| {}).is_ok_and(|transport| transport.size() == 1));
     assert!(matches!(with(|spec| spec.rank = 1), Err(Error::Shape { .. })));
+    assert!(matches!(with(|spec| spec.stage = 1), Err(Error::Shape { .. })));
+    assert!(matches!(with(|spec| spec.stages.push(vec![])), Err(Error::Shape { .. })));
     assert!(matches!(with(|spec| spec.group = "x".repeat(65)), Err(Error::Shape { .. })));
 }

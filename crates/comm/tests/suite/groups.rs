@@ -64,7 +64,7 @@ impl Connected for TcpTransport {
         let secret = auth::Secret::random();
         each_rank(listeners.iter().collect(), |rank, listener: &Listener| {
             let spec = spec(rank, &listeners, &secret);
-            TcpTransport::form(listener, &spec, AbortHandle::default(), LONG).unwrap()
+            listener.form(&spec, AbortHandle::default(), LONG).unwrap().0
         })
     }
 }
@@ -105,8 +105,9 @@ pub(crate) fn spec(rank: usize, listeners: &[Listener], secret: &auth::Secret) -
     GroupSpec {
         group: "a".into(),
         epoch: (1, 2),
+        stage: 0,
         rank,
-        peers: listeners.iter().map(|listener| listener.address().to_string()).collect(),
+        stages: vec![listeners.iter().map(|listener| listener.address().to_string()).collect()],
         secret: secret.clone(),
     }
 }

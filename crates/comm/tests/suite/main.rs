@@ -10,3 +10,5 @@ mod forming;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod groups;
+mod links;
+mod pipelines;

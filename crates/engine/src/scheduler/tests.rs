@@ -1,5 +1,6 @@
 //! The rules of the scheduler under random workloads, and by example.
 
+mod pipeline;
 mod world;
 
 use proptest::prelude::*;
@@ -46,8 +47,8 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 fn configs() -> impl Strategy<Value = SchedulerConfig> {
-    (5u32..30, 1u32..9, 20u32..70, 1u32..40, 1u32..8, 1u32..4).prop_map(
-        |(blocks, block_size, max_context, max_batch_tokens, max_sequences, steps_in_flight)| {
+    (5u32..30, 1u32..9, 20u32..70, 1u32..40, 1u32..8, 1u32..4, 1u32..5).prop_map(
+        |(blocks, block_size, max_context, max_batch_tokens, max_sequences, steps_in_flight, stages)| {
             SchedulerConfig {
                 blocks,
                 block_size,
@@ -56,6 +57,7 @@ fn configs() -> impl Strategy<Value = SchedulerConfig> {
                 max_batch_tokens,
                 max_sequences,
                 steps_in_flight,
+                stages,
             }
         },
     )
@@ -101,6 +103,7 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
     max_batch_tokens: 8,
     max_sequences: 4,
     steps_in_flight: 1,
+    stages: 1,
 };
 
 fn request(prompt: usize, max_tokens: u32) -> Request {
@@ -304,6 +307,7 @@ fn limits_of_zero_do_not_panic() {
         max_batch_tokens: 0,
         max_sequences: 0,
         steps_in_flight: 0,
+        stages: 0,
     };
     let mut scheduler = Scheduler::new(zero, Epoch::default());
     assert!(scheduler.submit(request(1, 1)).is_err());

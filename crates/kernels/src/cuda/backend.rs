@@ -100,6 +100,16 @@ impl Backend for Cuda {
         buffer.row(row)
     }
 
+    fn download(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
+        shape::copy("download", buffer.dims(), out.len())?;
+        buffer.read_into(out)
+    }
+
+    fn upload(&self, values: &[f32], buffer: &mut Buffer) -> Result<()> {
+        shape::copy("upload", buffer.dims(), values.len())?;
+        buffer.write(values)
+    }
+
     fn kv_budget(&self, _enough: u64) -> Result<u64> {
         self.staging.borrow_mut().release();
         let (free, total) = self.device.memory()?;

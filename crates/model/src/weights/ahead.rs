@@ -166,13 +166,14 @@ fn failed(why: String) -> Error {
 mod tests {
     use super::*;
     use crate::config::{Config, Preset};
-    use crate::weights::RandomWeights;
     use crate::weights::request::requests;
+    use crate::weights::{RandomWeights, Share};
 
     fn with_pieces<T>(work: impl FnOnce(&[Request], &mut Pieces<'_, '_>) -> Result<T>) -> Result<T> {
         let config = Config::preset(Preset::Tiny);
         let origin = Origin::Random(RandomWeights::new(&config));
-        let list = requests(&origin, &config, &engine::units(&config.shape), &(0..2));
+        let list =
+            requests(&origin, &config, &engine::units(&config.shape), &Share { layers: 0..2, units: 0..2 });
         read_ahead(&origin, &list, |pieces| work(&list, pieces))
     }
 

@@ -203,7 +203,7 @@ mod tests {
     use super::*;
     use crate::config::Preset;
     use crate::weights::request::requests;
-    use crate::weights::{Origin, Weights};
+    use crate::weights::{Origin, Share, Weights};
     use kernels::{Cpu, DType};
 
     fn config(bits: Option<usize>) -> Config {
@@ -216,21 +216,25 @@ mod tests {
             let config = config(bits);
             let units = engine::units(&config.shape);
             let origin = Origin::Random(RandomWeights::new(&config));
-            for held in [0..2, 1..2] {
+            for (held, layers) in [(0..2, 0..2), (1..2, 0..2), (0..2, 0..1), (1..2, 1..2)] {
                 let mut told = (0, 0);
                 let backend = Cpu::new(1).unwrap();
                 let progress: &mut dyn FnMut(u64, u64) = &mut |bytes, all| told = (bytes, all);
+                let share = Share { layers: layers.clone(), units: held.clone() };
                 let weights =
-                    Weights::load(&backend, &config, &origin, &units, held.clone(), DType::Bf16, progress)
-                        .unwrap();
-                assert_eq!(weights.layers.len(), 2);
-                assert_eq!((weights.head.len(), weights.layers[1].gate_up.len()), (held.len(), held.len()));
+                    Weights::load(&backend, &config, &origin, &units, &share, DType::Bf16, progress).unwrap();
+                assert_eq!(weights.layers.len(), layers.len());
+                assert!(weights.layers.iter().all(|layer| layer.gate_up.len() == held.len()));
+                let (first, last) = (layers.start == 0, layers.end == 2);
+                assert_eq!(!weights.embedding.is_empty(), first);
+                assert_eq!(weights.last.as_ref().map(|last| last.head.len()), last.then_some(held.len()));
                 // Of a projection with scales and zero points these are not counted.
                 assert!(told.0 == told.1 && told.0 > 0);
                 // A unit has four query heads and a KV head of 32, 256 columns of the FFN and 256 words.
-                let projections = 2 * ((4 + 2) * 32 * 128 + 128 * 128 + 3 * 256 * 128);
-                let words = 2 * 256 * 128;
-                let bytes = held.len() * (projections * bits.unwrap_or(16) / 8 + words * 2) + 5 * 128 * 2;
+                let projections = layers.len() * ((4 + 2) * 32 * 128 + 128 * 128 + 3 * 256 * 128);
+                let words = (usize::from(first) + usize::from(last)) * 256 * 128;
+                let norms = (2 * layers.len() + usize::from(last)) * 128 * 2;
+                let bytes = held.len() * (projections * bits.unwrap_or(16) / 8 + words * 2) + norms;
                 assert_eq!(told.1, bytes as u64);
             }
         }
@@ -242,7 +246,7 @@ mod tests {
         let random = RandomWeights::new(&config);
         let origin = Origin::Random(RandomWeights::new(&config));
         let units = engine::units(&config.shape);
-        let list = requests(&origin, &config, &units, &(0..2));
+        let list = requests(&origin, &config, &units, &Share { layers: 0..2, units: 0..2 });
         let deviation = |numbers: &[f32]| {
             (numbers.iter().map(|x| x * x).sum::<f32>() / numbers.len() as f32).sqrt() * 128f32.sqrt()
         };

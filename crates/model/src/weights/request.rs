@@ -5,8 +5,8 @@ use std::ops::Range;
 use engine::Unit;
 use kernels::Tree;
 
-use super::ffn_width;
 use super::origin::Origin;
+use super::{Share, ffn_width};
 use crate::config::Config;
 use crate::names::{LayerTensor, Tensor};
 
@@ -41,25 +41,26 @@ impl Request {
     }
 }
 
-/// The requests of a rank that holds the units `held`: embedding tables, then layer after layer its norm, qkv, o, norm, gate and up,
-/// down; then the last norm and the head.
-pub(crate) fn requests(
-    origin: &Origin,
-    config: &Config,
-    units: &[Unit],
-    held: &Range<usize>,
-) -> Vec<Request> {
+/// The requests of a rank: in the first stage embedding tables, then layer after layer its norm, qkv, o, norm, gate and up, down; then,
+/// in the last stage, the final norm and the head.
+pub(crate) fn requests(origin: &Origin, config: &Config, units: &[Unit], share: &Share) -> Vec<Request> {
+    let Share { layers, units: held } = share;
     let mut list =
         List { origin, config, all_units: units, units: &units[held.clone()], requests: Vec::new() };
-    for part in (Tree { units: units.len() }).subtrees(held) {
-        list.rows(vec![(Tensor::Embedding, units[part.start].vocab.start..units[part.end - 1].vocab.end)], 0);
+    if layers.start == 0 {
+        for part in (Tree { units: units.len() }).subtrees(held) {
+            let rows = units[part.start].vocab.start..units[part.end - 1].vocab.end;
+            list.rows(vec![(Tensor::Embedding, rows)], 0);
+        }
     }
-    for index in 0..config.shape.layers {
+    for index in layers.clone() {
         list.layer(index);
     }
-    list.vector(Tensor::Norm);
-    for unit in list.units {
-        list.rows(vec![(Tensor::Head, unit.vocab.clone())], 0);
+    if layers.end == config.shape.layers {
+        list.vector(Tensor::Norm);
+        for unit in list.units {
+            list.rows(vec![(Tensor::Head, unit.vocab.clone())], 0);
+        }
     }
     list.requests
 }

@@ -160,6 +160,7 @@ impl World {
     /// Returns whether there was anything to plan.
     pub(super) fn plan(&mut self) -> bool {
         let Some(plan) = self.scheduler.plan() else {
+            self.check_stages_are_busy();
             assert!(!self.in_flight.is_empty() || self.live().next().is_none(), "a request is stuck");
             return false;
         };
@@ -172,9 +173,13 @@ impl World {
 
     fn check(&mut self, plan: &StepPlan) {
         let config = &self.scheduler.config;
-        assert!(self.in_flight.len() < config.steps_in_flight.max(1) as usize, "too many steps in flight");
+        let stages = config.stages.max(1);
+        let most = (config.steps_in_flight.max(1) + stages - 1) as usize;
+        assert!(self.in_flight.len() < most, "too many steps in flight");
         assert_eq!(plan.epoch, self.scheduler.epoch);
-        assert_eq!(plan.keep_sampled, config.steps_in_flight > 1);
+        assert_eq!(plan.keep_sampled, stages == 1 && config.steps_in_flight > 1);
+        let part = self.live().count().div_ceil(stages as usize);
+        assert!(stages == 1 || plan.slices.len() <= part, "more than a stage's part of the sequences");
         assert!((1..=config.max_batch_tokens as usize).contains(&plan.rows()), "row budget");
         let slots: BTreeSet<SlotId> = plan.slices.iter().map(|slice| slice.slot).collect();
         assert_eq!(slots.len(), plan.slices.len(), "a slot is used twice");
@@ -193,6 +198,7 @@ impl World {
             *planned = end as u32;
             let sampling = self.in_flight.iter().flat_map(|flight| &flight.output.tokens);
             let coming = client.tokens.len() + sampling.filter(|token| token.seq == slice.seq).count();
+            assert!(stages == 1 || coming == client.tokens.len(), "its token is not known yet");
             match &slice.tokens {
                 Tokens::Ids(ids) => assert_eq!(ids, &client.tokens[start..end]),
                 Tokens::LastSampled => assert!(start >= client.tokens.len() && end == coming),
@@ -212,11 +218,28 @@ impl World {
         let chunks = plan.slices.iter().any(|slice| slice.sampling.is_none());
         assert!(idle == 0 || !chunks, "{idle} rows could be used");
         let is_planned = |r: &Running| plan.slices.iter().any(|slice| slice.seq == r.sequence.id);
+        if config.stages > 1 {
+            // Steps take a part of the sequences: see `check_stages_are_busy`.
+            return;
+        }
         let Some(out) = running.iter().find(|r| r.remaining() > 0 && !is_planned(r)) else { return };
         let needed = config.blocks_for(out.planned_with(out.remaining().min(idle)));
         assert!(needed > out.table.blocks().len() + pool.free(), "{out:?} was left out");
         let youngest = running.last().unwrap();
         assert!(youngest.is_in_flight() && !is_planned(youngest), "it could have made room");
+    }
+
+    /// Nothing was planned: either every stage has a step, or nobody could run one, at most for want of blocks.
+    fn check_stages_are_busy(&self) {
+        let Scheduler { config, running, pool, .. } = &self.scheduler;
+        if self.in_flight.len() >= config.stages.max(1) as usize {
+            return;
+        }
+        let Some(out) = running.iter().find(|r| r.remaining() > 0 && r.sampling() == 0) else { return };
+        let rows = out.remaining().min(config.max_batch_tokens.max(1) as usize);
+        let needed = config.blocks_for(out.planned_with(rows));
+        assert!(needed > out.table.blocks().len() + pool.free(), "{out:?} was left out");
+        assert!(running.last().unwrap().is_in_flight(), "it could have made room");
     }
 
     /// Applies the oldest step; false if there is none.
