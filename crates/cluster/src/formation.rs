@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 
-use engine::ShardError;
+use engine::{Epoch, ShardError};
 
 use crate::policy::{Policy, Shape, Shortage};
 use crate::ranges::{Holder, share_out};
-use crate::{Candidate, Member, ModelReport, WorkerId};
+use crate::{Assignment, Candidate, Member, ModelReport, StageMembers, WorkerId};
 
 #[cfg(test)]
 mod tests;
@@ -64,6 +64,23 @@ impl GroupFormation {
     /// All of its workers: stage after stage, rank after rank.
     pub fn workers(&self) -> impl Iterator<Item = WorkerId> + '_ {
         self.stages.iter().flat_map(|stage| stage.ranks.iter().map(|rank| rank.worker))
+    }
+
+    /// What each of its workers is told when `epoch` begins.
+    pub fn assignments(&self, epoch: Epoch) -> impl Iterator<Item = (WorkerId, Assignment)> + '_ {
+        let members = |stage: &Stage| StageMembers {
+            layers: stage.layers.clone(),
+            members: stage.ranks.iter().map(|rank| rank.member.clone()).collect(),
+        };
+        let stages: Vec<_> = self.stages.iter().map(members).collect();
+        let group = format!("group {}", self.number);
+        let seats = self.stages.iter().enumerate().flat_map(|(stage, ranks)| {
+            ranks.ranks.iter().enumerate().map(move |(rank, place)| (stage, rank, place.worker))
+        });
+        seats.map(move |(stage, rank, worker)| {
+            let (group, stages) = (group.clone(), stages.clone());
+            (worker, Assignment { epoch, group, stage, rank, stages })
+        })
     }
 }
 

@@ -18,7 +18,7 @@ pub mod worker;
 
 use std::time::Duration;
 
-pub use assignment::{Assignment, Member};
+pub use assignment::{Assignment, Member, StageMembers};
 pub use convert::{Malformed, decode_plan, encode_plan};
 pub use formation::{Formation, GroupFormation, Rank, Stage, form};
 pub use policy::{Policy, Shape, Shortage};
@@ -28,7 +28,7 @@ pub use report::{Difference, ModelReport};
 pub use worker::{Candidate, Resources, WorkerId};
 
 /// Version of the internal service; a worker and a coordinator must have the same.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 /// Steps that a worker may offer to take before the first of them has ended.
 pub const MAX_STEPS_IN_FLIGHT: u32 = 16;
 

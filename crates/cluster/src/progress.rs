@@ -13,7 +13,7 @@ pub struct Progress {
     pub step: Option<StepId>,
     /// What it does.
     pub activity: Activity,
-    /// The rank without which it cannot go on.
+    /// The member of the group without which it cannot go on: counted stage after stage, rank after rank.
     pub waits_for: Option<usize>,
     /// Exchanges with other ranks in this epoch.
     pub calls: u64,

@@ -40,7 +40,7 @@ pub(crate) enum Command {
     /// It has loaded its share, which took so long.
     Ready { worker: WorkerId, epoch: Epoch, capacity: Capacity, loading: Duration },
     /// It could not load, or not run a step, maybe because of another rank.
-    Failed { worker: WorkerId, epoch: Epoch, reason: String, at_rank: Option<usize> },
+    Failed { worker: WorkerId, epoch: Epoch, reason: String, at_member: Option<usize> },
     /// Its Join stream has ended.
     Left { worker: WorkerId, reason: String },
     /// It opens a Steps stream.

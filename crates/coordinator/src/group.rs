@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use cluster::{
-    Assignment, Candidate, Formation, GroupFormation, ModelReport, Policy, Rank, Resources, Shape, Shortage,
+    Assignment, Candidate, Formation, GroupFormation, ModelReport, Policy, Resources, Shape, Shortage,
     WorkerId, form,
 };
 use engine::{Epoch, ShardError};
@@ -278,19 +278,19 @@ impl Group {
         self.then_muster(effects)
     }
 
-    /// A worker did not do its part in `epoch`, for its own sake or because of the rank `at_rank`. Whose fault it is counts no
+    /// A worker did not do its part in `epoch`, for its own sake or because of the rank `at_member`. Whose fault it is counts no
     /// longer, until it joins again.
     pub(crate) fn fail(
         &mut self,
         worker: WorkerId,
         epoch: Epoch,
         reason: &str,
-        at_rank: Option<usize>,
+        at_member: Option<usize>,
     ) -> Vec<Effect> {
         if epoch != self.epoch || !self.is_member(worker) {
             return Vec::new();
         }
-        let culprit = at_rank.and_then(|rank| self.members().nth(rank)).unwrap_or(worker);
+        let culprit = at_member.and_then(|rank| self.members().nth(rank)).unwrap_or(worker);
         let effects = self.disband(culprit, reason);
         let Some(candidate) = self.workers.remove(&culprit) else { return effects };
         // What happens before a group ever served is told to whoever waits for it.
@@ -363,15 +363,8 @@ impl Group {
         self.formation = formation;
         self.phase = Phase::Loading { ready: BTreeMap::new(), attached: BTreeSet::new() };
         let Some(group) = self.formation.groups.first() else { return Vec::new() };
-        let assign = |ranks: &[Rank]| -> Vec<Effect> {
-            let members: Vec<_> = ranks.iter().map(|rank| rank.member.clone()).collect();
-            let one = |(rank, place): (usize, &Rank)| {
-                let (group, members) = (group.report.name.clone(), members.clone());
-                Effect::Assign(place.worker, Assignment { epoch: self.epoch, group, rank, members })
-            };
-            ranks.iter().enumerate().map(one).collect()
-        };
-        group.stages.iter().flat_map(|stage| assign(&stage.ranks)).collect()
+        let assign = |(worker, assignment)| Effect::Assign(worker, assignment);
+        group.assignments(self.epoch).map(assign).collect()
     }
 
     /// Ends the epoch if `lost` takes part in it: whoever else does is told.

@@ -156,7 +156,9 @@ impl Leader {
                 let effects = self.group.ready(worker, epoch, capacity);
                 self.perform(effects);
             }
-            Command::Failed { worker, epoch, reason, at_rank } => self.fail(worker, epoch, &reason, at_rank),
+            Command::Failed { worker, epoch, reason, at_member } => {
+                self.fail(worker, epoch, &reason, at_member)
+            }
             Command::Left { worker, reason } => {
                 if self.workers.remove(&worker).is_some() {
                     warn!(%worker, reason, "a worker left");
@@ -231,8 +233,8 @@ impl Leader {
         Ok(())
     }
 
-    fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str, at_rank: Option<usize>) {
-        let effects = self.group.fail(worker, epoch, reason, at_rank);
+    fn fail(&mut self, worker: WorkerId, epoch: Epoch, reason: &str, at_member: Option<usize>) {
+        let effects = self.group.fail(worker, epoch, reason, at_member);
         if effects.is_empty() {
             return debug!(%worker, %epoch, reason, "a failure after the epoch was over");
         }

@@ -146,7 +146,7 @@ impl ClusterService {
             }
         };
         // Of no consequence if the epoch is over.
-        let _ = self.commands.send(Command::Failed { worker, epoch, reason, at_rank: None }).await;
+        let _ = self.commands.send(Command::Failed { worker, epoch, reason, at_member: None }).await;
     }
 
     async fn send(&self, command: Command) -> Result<(), Status> {
@@ -223,7 +223,7 @@ fn command(worker: WorkerId, message: Up) -> Result<Command, Malformed> {
             worker,
             epoch: convert::epoch("failed.epoch", failed.epoch)?,
             reason: convert::text("failed.reason", failed.reason)?,
-            at_rank: failed.at_rank.map(|rank| rank as usize),
+            at_member: failed.at_member.map(|rank| rank as usize),
         }),
         Up::Hello(_) => Err(Malformed { field: "hello", problem: "came twice".into() }),
         Up::Proof(_) => Err(Malformed { field: "proof", problem: "came twice".into() }),

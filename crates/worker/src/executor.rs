@@ -63,7 +63,7 @@ impl ExecutorThread {
     /// Starts the thread, which begins to load.
     pub(crate) fn start<L: Load>(
         load: Arc<L>,
-        assignment: Assignment,
+        assignment: Arc<Assignment>,
         vitals: Arc<Vitals>,
     ) -> io::Result<Self> {
         let abort = AbortHandle::default();
@@ -97,6 +97,8 @@ impl ExecutorThread {
             });
             if let Err(error) = run(&mut executor, &inbox, &raised, &vitals, tell) {
                 tell(Progress::StepFailed(error));
+                // Connections stay until the group is abandoned, or others would take this rank for the one that was lost.
+                while !raised.is_aborted() && inbox.recv().is_ok() {}
             }
         })?;
         Ok(Self { plans, progress, abort: AbortOnDrop(abort), thread })

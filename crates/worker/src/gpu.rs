@@ -25,14 +25,14 @@ pub(crate) async fn run(
 mod built_in {
     use cluster::Assignment;
     use comm::cuda::{ConnectOptions, connect};
-    use comm::{AbortHandle, Collective, TcpTransport};
+    use comm::{AbortHandle, Collective};
     use kernels::Cuda;
     use kernels::cuda::Buffer;
     use model::ModelExecutor;
     use tracing::{info, warn};
 
     use super::*;
-    use crate::load::{FORM_LIMIT, Load, Site, ranges};
+    use crate::load::{Connections, FORM_LIMIT, Load, Site, ranges, stage};
     use crate::{STAGE, identity, serve_until};
 
     /// Shares on a GPU; ranks over what connects the GPUs.
@@ -66,17 +66,17 @@ mod built_in {
     }
 
     impl Load for CudaLoad {
-        type Transport = TcpTransport;
+        type Connections = Connections;
         type Executor = ModelExecutor<Cuda, Box<dyn Collective<Buffer>>>;
 
-        fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
+        fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
             self.site.form(assignment, abort)
         }
 
         fn load(
             &self,
             assignment: &Assignment,
-            transport: TcpTransport,
+            (transport, link): Connections,
         ) -> Result<Self::Executor, model::Error> {
             let ranges = ranges(assignment);
             let gpu = Cuda::open(self.options.clone())?;
@@ -87,13 +87,14 @@ mod built_in {
             };
             let collective = connect(&gpu, transport, ranges.clone(), options)?;
             info!(target: STAGE, "connected");
-            let mut executor = self.site.source.executor(gpu, &ranges, collective)?;
+            let mut executor =
+                self.site.source.stage_executor(gpu, stage(assignment, link), &ranges, collective)?;
             executor.backend_mut().synchronize()?;
             info!(target: STAGE, "weights loaded");
             let gpu = executor.backend_mut();
-            let (rank, ordinal) = (assignment.rank, self.options.ordinal);
+            let (stage, rank, ordinal) = (assignment.stage, assignment.rank, self.options.ordinal);
             (self.announce)(&format!(
-                "rank {rank} on cuda:{ordinal}, {}: {}",
+                "rank {rank} of stage {stage} on cuda:{ordinal}, {}: {}",
                 gpu.name()?,
                 gpu.memory_report()?
             ));

@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::time::Duration;
 
 use auth::Secret;
-use cluster::{Assignment, ModelReport, Resources};
-use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, TcpTransport};
+use cluster::{Assignment, ModelReport, Resources, StageMembers};
+use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, StageLink, TcpTransport};
 use kernels::{Backend, Cpu};
-use model::{Executor, ModelExecutor, ModelSource};
+use model::{Executor, ModelExecutor, ModelSource, Stage};
 use tracing::info;
 
 use crate::{Device, STAGE, WorkerConfig, WorkerError};
@@ -18,19 +18,23 @@ pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
 /// Builds executors. It goes to the executor thread; what it builds never leaves that.
 pub(crate) trait Load: Send + Sync + 'static {
     /// The connections with the other ranks.
-    type Transport;
+    type Connections;
     /// What it builds.
     type Executor: Executor;
 
     /// Connects with the other ranks. Blocks; `abort` frees this and all later waits for others.
-    fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Self::Transport, model::Error>;
+    fn connect(&self, assignment: &Assignment, abort: AbortHandle)
+    -> Result<Self::Connections, model::Error>;
     /// Loads this rank's share.
     fn load(
         &self,
         assignment: &Assignment,
-        transport: Self::Transport,
+        connections: Self::Connections,
     ) -> Result<Self::Executor, model::Error>;
 }
+
+/// A rank's connections: with the others of its stage, and with the stages around.
+pub(crate) type Connections = (TcpTransport, StageLink);
 
 /// A checkpoint and the port of this worker's collectives: what a worker has before it is given a share.
 pub(crate) struct Site {
@@ -78,17 +82,19 @@ impl Site {
         &self,
         assignment: &Assignment,
         abort: AbortHandle,
-    ) -> Result<TcpTransport, model::Error> {
-        let Assignment { epoch, group, rank, members } = assignment;
+    ) -> Result<Connections, model::Error> {
+        let Assignment { epoch, group, stage, rank, stages } = assignment;
+        let addresses =
+            |stage: &StageMembers| stage.members.iter().map(|member| member.address.clone()).collect();
         let spec = GroupSpec {
             group: group.clone(),
             epoch: (epoch.term, epoch.counter),
-            stage: 0,
+            stage: *stage,
             rank: *rank,
-            stages: vec![members.iter().map(|member| member.address.clone()).collect()],
+            stages: stages.iter().map(addresses).collect(),
             secret: self.secret.clone(),
         };
-        Ok(self.listener.form(&spec, abort, FORM_LIMIT)?.0)
+        Ok(self.listener.form(&spec, abort, FORM_LIMIT)?)
     }
 }
 
@@ -106,24 +112,38 @@ fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources,
     Ok(Resources { zone: config.zone.clone(), device: device.into(), memory, kv_memory })
 }
 
-/// The units of every rank.
+/// The assigned stage, with its link to the stages around.
+pub(crate) fn stage(assignment: &Assignment, link: StageLink) -> Stage {
+    Stage { layers: assignment.own_stage().layers.clone(), link }
+}
+
+/// The units of every rank of the assigned stage.
 pub(crate) fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
-    assignment.members.iter().map(|member| member.units.clone()).collect()
+    assignment.own_stage().members.iter().map(|member| member.units.clone()).collect()
 }
 
 impl Load for CpuLoad {
-    type Transport = TcpTransport;
+    type Connections = Connections;
     type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
 
-    fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<TcpTransport, model::Error> {
+    fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
         self.site.form(assignment, abort)
     }
 
-    fn load(&self, assignment: &Assignment, transport: TcpTransport) -> Result<Self::Executor, model::Error> {
+    fn load(
+        &self,
+        assignment: &Assignment,
+        (transport, link): Connections,
+    ) -> Result<Self::Executor, model::Error> {
         let ranges = ranges(assignment);
         let collective = MeshCollective::new(transport, ranges.clone())?;
         info!(target: STAGE, "connected");
-        let executor = self.site.source.executor(Cpu::new(self.threads)?, &ranges, collective)?;
+        let executor = self.site.source.stage_executor(
+            Cpu::new(self.threads)?,
+            stage(assignment, link),
+            &ranges,
+            collective,
+        )?;
         info!(target: STAGE, "weights loaded");
         Ok(executor)
     }

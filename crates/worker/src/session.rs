@@ -73,6 +73,7 @@ struct Membership<'a, L, S> {
 /// This worker's part in a group.
 struct Rank {
     epoch: Epoch,
+    assignment: Arc<Assignment>,
     thread: ExecutorThread,
     /// Once the share is loaded.
     steps: Option<Steps>,
@@ -181,10 +182,12 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
         self.leave_group().await;
         self.latest = epoch;
         *self.latest_term = epoch.term;
-        let (rank, width) = (assignment.rank, assignment.members.len());
-        info!(%epoch, rank, width, units = ?assignment.members[rank].units, "assigned");
-        match ExecutorThread::start(self.load.clone(), assignment, self.joined.vitals.clone()) {
-            Ok(thread) => self.rank = Some(Rank { epoch, thread, steps: None }),
+        let Assignment { stage, rank, .. } = assignment;
+        let (layers, units) = (&assignment.own_stage().layers, assignment.own_units());
+        info!(%epoch, stage, rank, ?layers, ?units, "assigned");
+        let assignment = Arc::new(assignment);
+        match ExecutorThread::start(self.load.clone(), assignment.clone(), self.joined.vitals.clone()) {
+            Ok(thread) => self.rank = Some(Rank { epoch, assignment, thread, steps: None }),
             Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}"), None).await,
         }
         Ok(())
@@ -226,7 +229,7 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
                 }
             }
             Some(Progress::LoadFailed(error)) => {
-                self.fail(epoch, &error.to_string(), at_rank(&error)).await;
+                self.fail(epoch, &error.to_string(), self.at_member(&error)).await;
                 let end = match error {
                     model::Error::Collective(error @ comm::Error::Unavailable { .. }) => {
                         WorkerError::Connect(error)
@@ -239,7 +242,7 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
                 return Err(End::Final(end));
             }
             Some(Progress::StepFailed(error)) => {
-                self.fail(epoch, &error.to_string(), at_rank(&error)).await;
+                self.fail(epoch, &error.to_string(), self.at_member(&error)).await;
             }
             None => self.fail(epoch, "the executor thread panicked", None).await,
         }
@@ -302,13 +305,30 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
         End::Again { reason: format!("lost the coordinator: {reason}"), served: self.served }
     }
 
-    /// Tells the coordinator that this worker cannot do its part, for its own sake or because of the rank `at_rank`. In the latter
+    /// Tells the coordinator that this worker cannot do its part, for its own sake or because of the member `at_member`. In the latter
     /// case, or if the group was lost anyway, it has an assignment to come; else this membership ends.
-    async fn fail(&mut self, epoch: Epoch, reason: &str, at_rank: Option<u32>) {
+    async fn fail(&mut self, epoch: Epoch, reason: &str, at_member: Option<u32>) {
         warn!(%epoch, reason, "failed");
         let reason = reason.chars().take(REASON_CHARS).collect();
-        send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_rank })).await;
+        send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_member })).await;
         self.leave_group().await;
+    }
+
+    /// The number of the other member to which a failure is due.
+    fn at_member(&self, error: &model::Error) -> Option<u32> {
+        use comm::Error::{Lost, Protocol, Refused, Stage};
+        let assignment = &self.rank.as_ref()?.assignment;
+        let model::Error::Collective(error) = error else { return None };
+        let (stage, error) = match error {
+            Stage { stage, source } => (*stage, &**source),
+            error => (assignment.stage, error),
+        };
+        match error {
+            Lost { rank, .. } | Refused { rank, .. } | Protocol { rank, .. } => {
+                u32::try_from(assignment.number(stage, *rank)).ok()
+            }
+            _ => None,
+        }
     }
 
     /// Waits until the coordinator has taken note of a failure.
@@ -317,17 +337,6 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
         if timeout(FAREWELL, noted).await.is_err() {
             debug!("the coordinator did not take note in time");
         }
-    }
-}
-
-/// The other rank to which a failure is due.
-fn at_rank(error: &model::Error) -> Option<u32> {
-    use comm::Error::{Lost, Protocol, Refused};
-    match error {
-        model::Error::Collective(Lost { rank, .. } | Refused { rank, .. } | Protocol { rank, .. }) => {
-            u32::try_from(*rank).ok()
-        }
-        _ => None,
     }
 }
 

@@ -17,7 +17,8 @@ use cluster::proto::{
 };
 use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{
-    Activity, Assignment, Member, ModelReport, PROTOCOL, Progress, Resources, Session, WorkerId, encode_plan,
+    Activity, Assignment, Member, ModelReport, PROTOCOL, Progress, Resources, Session, StageMembers,
+    WorkerId, encode_plan,
 };
 use comm::AbortHandle;
 use engine::{
@@ -58,7 +59,7 @@ struct FakeExecutor {
 }
 
 impl Load for FakeLoad {
-    type Transport = AbortHandle;
+    type Connections = AbortHandle;
     type Executor = FakeExecutor;
 
     fn connect(&self, _: &Assignment, abort: AbortHandle) -> Result<AbortHandle, model::Error> {
@@ -269,7 +270,8 @@ impl JoinWire {
 
     async fn assign_epoch(&self, epoch: Epoch) {
         let members = vec![Member { address: "here:1".into(), units: 0..4 }];
-        let assignment = Assignment { epoch, group: "fake".into(), rank: 0, members };
+        let stages = vec![StageMembers { layers: 0..2, members }];
+        let assignment = Assignment { epoch, group: "fake".into(), stage: 0, rank: 0, stages };
         self.say(Down::Assignment(assignment.into())).await;
     }
 
@@ -422,7 +424,7 @@ async fn a_failure_names_the_rank_that_it_is_due_to() {
     let (mut wire, _) = scene.welcome().await;
     wire.assign(1).await;
     let Up::Failed(failed) = wire.hear().await else { panic!("it did not fail") };
-    assert_eq!(failed.at_rank, Some(3));
+    assert_eq!(failed.at_member, Some(3));
 }
 
 #[tokio::test]

@@ -55,9 +55,7 @@ fn assigned(effects: &[Effect]) -> (Vec<WorkerId>, Option<u64>) {
         _ => None,
     });
     let (workers, assignments): (Vec<_>, Vec<_>) = assignments.unzip();
-    assert!(
-        assignments.iter().enumerate().all(|(rank, a)| a.rank == rank && a.members.len() == workers.len())
-    );
+    assert!(assignments.iter().enumerate().all(|(number, a)| a.number(a.stage, a.rank) == number));
     (workers, assignments.first().map(|assignment| assignment.epoch.counter))
 }
 

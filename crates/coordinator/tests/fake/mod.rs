@@ -206,7 +206,7 @@ impl Member {
         let Down::Assignment(assignment) = message else { return Ok(()) };
         let Assignment { epoch, rank, .. } = Assignment::try_from(assignment).expect("an assignment");
         if let Some(reason) = self.fake.load_failure.clone() {
-            send(&self.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_rank: None })).await;
+            send(&self.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_member: None })).await;
             return Ok(());
         }
         self.rank = rank;
@@ -263,7 +263,7 @@ impl Member {
             && plan.step.0 == step
         {
             let reason = format!("lost rank {rank}");
-            let failed = Failed { epoch: Some(plan.epoch.into()), reason, at_rank: Some(rank) };
+            let failed = Failed { epoch: Some(plan.epoch.into()), reason, at_member: Some(rank) };
             send(&self.up, Up::Failed(failed)).await;
             return true;
         }
