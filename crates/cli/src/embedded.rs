@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use self::worker::{CommandLine, Worker};
 use crate::args::{DeviceArg, ModelArgs};
-use crate::policy::fixed;
+use crate::policy::{MAX_REPLICAS, Ranks, shape as shape_of};
 use crate::service::{self, Candidacy, Service};
 
 /// Enough to show that workers step together.
@@ -33,18 +33,63 @@ const GATHER: Duration = Duration::from_secs(3600);
 pub(crate) struct EmbeddedArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Worker processes, each of which holds one tensor rank's share; 1 to the model's KV heads [default: 2, if it has so many; with --device cuda, one for each GPU]
+    /// Worker processes, each of which holds one rank's share [default: as many as the ranks of all groups; without --ranks 2, if the model has so many KV heads, and with --device cuda one for each GPU]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
-    /// Tensor ranks, where some of the workers are to be spares [default: all workers]
+    /// Tensor ranks of each stage, 1 to the model's KV heads; workers beyond those of all groups are spares [default: the workers, shared out over stages and groups]
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
+    /// Stages of a group's pipeline, each of which holds a part of the layers
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    stages: usize,
+    /// Groups: each holds the whole model, and requests go to the one that suits them best
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPLICAS))]
+    replicas: u32,
     /// How few ranks will do while a lost worker is started again, as long as weights and one context fit
     #[arg(long, value_name = "N", default_value_t = 1)]
     min_ranks: usize,
     /// Workers say nothing unless something is wrong.
     #[arg(skip)]
     pub(crate) quiet: bool,
+}
+
+/// Where operators and further workers find the coordinator, and what they must know.
+pub(crate) struct Access {
+    pub(crate) listen: SocketAddr,
+    /// None: nobody else knows it.
+    pub(crate) secret: Option<String>,
+}
+
+impl Access {
+    /// For nobody but this process and its workers.
+    pub(crate) fn nobody() -> Self {
+        Self { listen: (Ipv4Addr::LOCALHOST, 0).into(), secret: None }
+    }
+}
+
+impl EmbeddedArgs {
+    /// How many workers there are, and the ranks of a stage, of a model with so many KV heads.
+    fn workers_and_ranks(&self, kv_heads: usize) -> Result<(usize, usize)> {
+        let parts = self.stages * self.replicas as usize;
+        let workers = match (self.workers, self.ranks, self.model.device) {
+            (Some(workers), ..) => workers,
+            (None, Some(ranks), _) => ranks * parts,
+            (None, None, DeviceArg::Cpu) => DEFAULT_WORKERS.min(kv_heads).max(parts),
+            (None, None, DeviceArg::Cuda(Some(_))) => 1,
+            (None, None, DeviceArg::Cuda(None)) => kernels::gpus()?.min(kv_heads * parts),
+        };
+        let ranks = self.ranks.unwrap_or(workers / parts.max(1));
+        let flag = if self.ranks.is_some() { "--ranks" } else { "--workers" };
+        if workers < ranks * parts || (ranks == 0 && workers > 0) {
+            let Self { stages, replicas, .. } = self;
+            bail!(
+                "--workers {workers}: fewer than {replicas} groups of {stages} stages of {} ranks take",
+                ranks.max(1)
+            );
+        }
+        rank_ranges(kv_heads, ranks).context(flag)?;
+        Ok((workers, ranks))
+    }
 }
 
 /// A running cluster.
@@ -58,41 +103,32 @@ impl Embedded {
     pub(crate) async fn start(
         args: &EmbeddedArgs,
         grpc: SocketAddr,
+        access: Access,
         adapt: impl FnOnce(CoordinatorConfig) -> Result<CoordinatorConfig>,
     ) -> Result<Self> {
         args.model.check()?;
         let dir = args.model.dir()?;
         // A worker would say the same, but later and from another process.
         let shape = ModelSource::open(&dir, args.model.options(false))?.config().shape;
-        let workers = match (args.workers.or(args.ranks), args.model.device) {
-            (Some(workers), _) => workers,
-            (None, DeviceArg::Cpu) => DEFAULT_WORKERS.min(shape.kv_heads),
-            (None, DeviceArg::Cuda(Some(_))) => 1,
-            (None, DeviceArg::Cuda(None)) => kernels::gpus()?.min(shape.kv_heads),
-        };
-        let ranks = args.ranks.unwrap_or(workers);
-        let flag = if args.ranks.is_some() { "--ranks" } else { "--workers" };
-        rank_ranges(shape.kv_heads, ranks).context(flag)?;
-        if workers < ranks {
-            bail!("--workers {workers}: fewer than the {ranks} ranks that --ranks asks for");
-        }
+        let (workers, ranks) = args.workers_and_ranks(shape.kv_heads)?;
         let tokenizer = service::tokenizer(&dir)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check(shape.vocab as u32).with_context(|| dir.display().to_string())?;
         }
 
-        let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+        let random = || rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+        let secret: String = access.secret.unwrap_or_else(random);
         let config = CoordinatorConfig::new(ranks, Secret::new(&secret)?);
-        let shape = fixed(ranks, args.min_ranks.min(ranks))?;
+        let shape = shape_of(Ranks::Fixed(ranks), Some(args.min_ranks.min(ranks)), args.stages)?;
         let config = adapt(CoordinatorConfig {
             max_batch_tokens: Some(args.model.max_batch_tokens()),
             max_sequences: Some(args.model.max_sequences()),
-            policy: Policy { shape, ..config.policy },
+            policy: Policy { shape, replicas: args.replicas as usize, ..config.policy },
             gather: GATHER,
             ..config
         })?;
         let grpc = service::listen("--grpc", grpc).await?;
-        let cluster = service::listen("loopback", (Ipv4Addr::LOCALHOST, 0).into()).await?;
+        let cluster = service::listen("--listen", access.listen).await?;
         let service = Service::start(config, Candidacy::alone()?, grpc, cluster, tokenizer).await?;
         let memory = memory_of_each(args.model.device, workers)?;
         let workers = (0..workers)

@@ -7,6 +7,7 @@ mod checkpoint;
 mod cuda_kernels;
 mod embedded;
 mod generate;
+mod operate;
 mod policy;
 mod registry;
 mod sampling;
@@ -51,6 +52,10 @@ enum Command {
     Worker(serve::WorkerArgs),
     /// Show how a running cluster stands: groups, ranks, rates, spares, and what happened last
     Status(status::StatusArgs),
+    /// Have a worker no part in any group, so that it may be stopped without notice
+    Drain(operate::DrainArgs),
+    /// Ask for other groups: more or fewer ranks, stages, replicas
+    Scale(operate::ScaleArgs),
     /// Look at checkpoints, rename their tensors, make random ones
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
@@ -71,6 +76,8 @@ impl Command {
             Self::Coordinator(args) => on_runtime(args.run()),
             Self::Worker(args) => on_runtime(args.run()),
             Self::Status(args) => on_runtime(args.run()),
+            Self::Drain(args) => on_runtime(args.run()),
+            Self::Scale(args) => on_runtime(args.run()),
             Self::Checkpoint(command) => command.run(),
             Self::Kernels(command) => command.run(),
             Self::Bench(command) => command.run(),

@@ -1,22 +1,31 @@
-//! Which group is wanted, and when a worker counts as lost.
+//! Which groups are wanted, and when a worker counts as lost.
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use cluster::{Policy, Shape};
+use cluster::{MAX_STAGES, Policy, Shape};
 use coordinator::CoordinatorConfig;
 
-/// The group of a coordinator.
+/// Groups, at most.
+pub(crate) const MAX_REPLICAS: i64 = 4096;
+
+/// The groups of a coordinator.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PolicyArgs {
-    /// Tensor ranks of the group; it forms as soon as so many workers have joined. 'auto': as many as join, as long as weights and one context fit
+    /// Tensor ranks of each stage of a group, which forms as soon as so many workers have joined. 'auto': as many as join, as long as weights and one context fit
     #[arg(long, alias = "workers", value_name = "N|auto")]
     ranks: Ranks,
     /// How few ranks will do while workers are missing, as long as weights and one context fit [default: no fewer than --ranks]
     #[arg(long, value_name = "N")]
     min_ranks: Option<usize>,
+    /// Stages of a group's pipeline, each of which holds a part of the layers; with '--ranks auto', at most. Ranks of a stage are of one zone, stages need not be
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    stages: usize,
+    /// Groups, at most: each holds the whole model, and requests go to the one that suits them best
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPLICAS))]
+    replicas: u32,
 }
 
 /// When a worker counts as lost.
@@ -34,7 +43,7 @@ pub(crate) struct LivenessArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ranks {
+pub(crate) enum Ranks {
     Auto,
     Fixed(usize),
 }
@@ -54,23 +63,26 @@ impl FromStr for Ranks {
 impl PolicyArgs {
     /// The policy, for contexts of at most `context` tokens.
     pub(crate) fn policy(&self, context: Option<u32>) -> Result<Policy> {
-        let Self { ranks, min_ranks } = *self;
-        let shape = match (ranks, min_ranks) {
-            (Ranks::Fixed(ranks), None) => Shape::Fixed { stages: 1, ranks, min_ranks: ranks },
-            (Ranks::Fixed(ranks), Some(min_ranks)) => fixed(ranks, min_ranks)?,
-            (Ranks::Auto, None) => Shape::Auto { max_stages: 1 },
-            (Ranks::Auto, Some(_)) => bail!("--min-ranks goes with a number of --ranks, not with 'auto'"),
-        };
-        Ok(Policy { shape, replicas: 1, context })
+        let Self { ranks, min_ranks, stages, replicas } = *self;
+        Ok(Policy { shape: shape(ranks, min_ranks, stages)?, replicas: replicas as usize, context })
     }
 }
 
-/// `ranks` ranks, while workers are missing as few as `min_ranks`.
-pub(crate) fn fixed(ranks: usize, min_ranks: usize) -> Result<Shape> {
-    if min_ranks == 0 || min_ranks > ranks {
-        bail!("--min-ranks {min_ranks}: use 1 to {ranks}, the number of ranks");
+/// How a group is cut: while workers are missing, into as few ranks as `min_ranks`.
+pub(crate) fn shape(ranks: Ranks, min_ranks: Option<usize>, stages: usize) -> Result<Shape> {
+    if !(1..=MAX_STAGES).contains(&stages) {
+        bail!("--stages {stages}: use 1 to {MAX_STAGES}");
     }
-    Ok(Shape::Fixed { stages: 1, ranks, min_ranks })
+    match (ranks, min_ranks) {
+        (Ranks::Fixed(ranks), Some(min_ranks)) if min_ranks == 0 || min_ranks > ranks => {
+            bail!("--min-ranks {min_ranks}: use 1 to {ranks}, the number of ranks")
+        }
+        (Ranks::Fixed(ranks), min_ranks) => {
+            Ok(Shape::Fixed { stages, ranks, min_ranks: min_ranks.unwrap_or(ranks) })
+        }
+        (Ranks::Auto, None) => Ok(Shape::Auto { max_stages: stages }),
+        (Ranks::Auto, Some(_)) => bail!("--min-ranks goes with a number of --ranks, not with 'auto'"),
+    }
 }
 
 impl LivenessArgs {
@@ -100,7 +112,7 @@ mod tests {
 
     fn policy(ranks: &str, min_ranks: Option<usize>) -> Result<Shape> {
         let ranks = ranks.parse().map_err(anyhow::Error::msg)?;
-        Ok(PolicyArgs { ranks, min_ranks }.policy(None)?.shape)
+        Ok(PolicyArgs { ranks, min_ranks, stages: 1, replicas: 1 }.policy(None)?.shape)
     }
 
     #[test]
@@ -114,6 +126,8 @@ mod tests {
         {
             assert!(policy(ranks, min_ranks).is_err(), "{ranks} {min_ranks:?}");
         }
+        assert_eq!(shape(Ranks::Auto, None, 3).unwrap(), Shape::Auto { max_stages: 3 });
+        assert!([0, 17].into_iter().all(|stages| shape(Ranks::Auto, None, stages).is_err()));
         assert!(["0", "-1", "x", "1e9"].into_iter().all(|text| parse_seconds(text).is_err()));
         assert_eq!(parse_seconds("1.5"), Ok(Duration::from_millis(1500)));
     }

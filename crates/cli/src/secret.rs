@@ -19,6 +19,11 @@ pub(crate) struct SecretArgs {
 
 impl SecretArgs {
     pub(crate) fn secret(&self) -> Result<Secret> {
+        Ok(Secret::new(&self.text()?)?)
+    }
+
+    /// The secret as it is written.
+    pub(crate) fn text(&self) -> Result<String> {
         let text = match &self.secret_file {
             Some(path) => {
                 std::fs::read_to_string(path).with_context(|| format!("--secret-file {}", path.display()))?
@@ -30,6 +35,6 @@ impl SecretArgs {
                 }
             },
         };
-        Ok(Secret::new(text.trim())?)
+        Ok(text.trim().to_owned())
     }
 }

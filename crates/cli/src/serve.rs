@@ -11,7 +11,7 @@ use coordinator::{CoordinatorConfig, State};
 use worker::{Coordinators, WorkerConfig};
 
 use crate::args::{ModelArgs, parse_size};
-use crate::embedded::{Embedded, EmbeddedArgs};
+use crate::embedded::{Access, Embedded, EmbeddedArgs};
 use crate::policy::{LivenessArgs, PolicyArgs};
 use crate::registry::RegistryArgs;
 use crate::secret::SecretArgs;
@@ -28,6 +28,11 @@ pub(crate) struct ServeArgs {
     /// Address of the public gRPC service
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     grpc: SocketAddr,
+    /// Address that operators (`phalanx drain`, `phalanx scale`) and further workers use, if they know the secret [default: none but this process's own workers do, on a free port]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    #[command(flatten)]
+    secret: SecretArgs,
 }
 
 #[derive(Debug, Args)]
@@ -106,8 +111,12 @@ pub(crate) struct WorkerArgs {
 impl ServeArgs {
     pub(crate) async fn run(self) -> Result<()> {
         let mut signals = Signals::listen()?;
-        let mut cluster =
-            Embedded::start(&self.cluster, self.grpc, |config| self.liveness.apply(config)).await?;
+        let access = match self.listen {
+            Some(listen) => Access { listen, secret: Some(self.secret.text()?) },
+            None => Access::nobody(),
+        };
+        let adapt = |config| self.liveness.apply(config);
+        let mut cluster = Embedded::start(&self.cluster, self.grpc, access, adapt).await?;
         let served = serve_until(&mut cluster, &mut signals).await;
         cluster.stop().await?;
         served

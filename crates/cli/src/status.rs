@@ -68,6 +68,7 @@ impl StatusArgs {
 /// For people. Writing to a string does not fail.
 fn text(status: &ClusterStatus, now: SystemTime) -> String {
     let mut out = format!("{}: {} running, {} waiting\n", status.state, status.running, status.waiting);
+    let _ = writeln!(out, "asked for: {}", status.policy);
     for group in &status.groups {
         let _ = writeln!(
             out,
@@ -86,11 +87,17 @@ fn text(status: &ClusterStatus, now: SystemTime) -> String {
         for rank in &group.ranks {
             let units = format!("units {}..{}", rank.first_unit, rank.end_unit);
             let worker = rank.worker.as_ref().map_or_else(String::new, describe);
-            let _ = writeln!(out, "  stage {} rank {:<3} {units:<12} {worker}", rank.stage, rank.rank);
+            let layers = format!("layers {}..{}", rank.first_layer, rank.end_layer);
+            let _ = writeln!(
+                out,
+                "  stage {} rank {:<3} {layers:<13} {units:<12} {worker}",
+                rank.stage, rank.rank
+            );
         }
     }
     for spare in &status.spares {
-        let _ = writeln!(out, "spare  {}", describe(spare));
+        let kind = if spare.drained { "drained" } else { "spare" };
+        let _ = writeln!(out, "{kind:<7} {}", describe(spare));
     }
     if !status.incidents.is_empty() {
         let _ = writeln!(out, "\nlast incidents");
@@ -102,7 +109,8 @@ fn text(status: &ClusterStatus, now: SystemTime) -> String {
 }
 
 fn describe(worker: &WorkerStatus) -> String {
-    let WorkerStatus { worker: id, address, host, zone, device, memory, activity, heartbeat_millis } = worker;
+    let WorkerStatus { worker: id, address, host, zone, device, memory, activity, heartbeat_millis, .. } =
+        worker;
     let zone = if zone.is_empty() { String::new() } else { format!(" zone {zone}") };
     let gib = *memory as f64 / f64::from(1 << 30);
     format!(
@@ -115,7 +123,8 @@ fn history(incident: &Incident, now: SystemTime) -> String {
     let ago = now.duration_since(at).unwrap_or_default().as_secs();
     let loss = |loss: &client::Loss| match (loss.worker, loss.rank) {
         (Some(worker), Some(rank)) => {
-            format!("rank {rank} (worker {worker} at {}): {}", loss.address, loss.cause)
+            let stage = loss.stage.unwrap_or_default();
+            format!("rank {rank} of stage {stage} (worker {worker} at {}): {}", loss.address, loss.cause)
         }
         _ => loss.cause.clone(),
     };
@@ -128,13 +137,18 @@ fn history(incident: &Incident, now: SystemTime) -> String {
         micros.map_or_else(String::new, |micros| format!(", {name} {:.0} ms", micros as f64 / 1e3))
     };
     format!(
-        "{ago} s ago  {}  ranks {} -> {after}  detect {:.0} ms{}{}{}",
+        "{ago} s ago  group {}  {}  ranks {} -> {after}  detect {:.0} ms{}{}{}{}",
+        incident.group,
         losses.join("; "),
         incident.ranks_before,
         incident.detect_micros as f64 / 1e3,
         term("form", incident.form_micros),
         term("load", incident.load_micros),
         term("recompute", incident.recompute_micros),
+        match incident.moved_requests {
+            0 => String::new(),
+            moved => format!(", {moved} requests went on in other groups"),
+        },
     )
 }
 
@@ -142,6 +156,7 @@ fn to_json(status: &ClusterStatus) -> Value {
     json!({
         "serving": status.serving,
         "state": status.state,
+        "policy": status.policy,
         "running": status.running,
         "waiting": status.waiting,
         "groups": status.groups.iter().map(group_json).collect::<Vec<_>>(),
@@ -182,13 +197,20 @@ fn worker_json(worker: &WorkerStatus) -> Value {
         "memory": worker.memory,
         "activity": worker.activity,
         "heartbeat_ms": worker.heartbeat_millis,
+        "drained": worker.drained,
     })
 }
 
 fn incident_json(incident: &Incident) -> Value {
     let millis = |micros: u64| micros as f64 / 1e3;
     let losses = incident.losses.iter().map(|loss| {
-        json!({ "cause": loss.cause, "worker": loss.worker, "rank": loss.rank, "address": loss.address })
+        json!({
+            "cause": loss.cause,
+            "worker": loss.worker,
+            "stage": loss.stage,
+            "rank": loss.rank,
+            "address": loss.address,
+        })
     });
     json!({
         "at_ms": incident.at_millis,
@@ -199,6 +221,8 @@ fn incident_json(incident: &Incident) -> Value {
         "form_ms": incident.form_micros.map(millis),
         "load_ms": incident.load_micros.map(millis),
         "recompute_ms": incident.recompute_micros.map(millis),
+        "group": incident.group,
+        "moved_requests": incident.moved_requests,
     })
 }
 
@@ -217,6 +241,7 @@ mod tests {
             memory: 3 << 30,
             activity: "computing step 7".into(),
             heartbeat_millis: 12,
+            drained: false,
         };
         let rank =
             RankStatus { end_unit: 4, end_layer: 5, worker: Some(worker.clone()), ..RankStatus::default() };
@@ -231,8 +256,13 @@ mod tests {
             tokens_per_second: 12.34,
             ..GroupStatus::default()
         };
-        let loss =
-            Loss { cause: "no heartbeat".into(), worker: Some(2), rank: Some(1), address: "there:1".into() };
+        let loss = Loss {
+            cause: "no heartbeat".into(),
+            worker: Some(2),
+            stage: Some(0),
+            rank: Some(1),
+            address: "there:1".into(),
+        };
         let incident = Incident {
             at_millis: 1000,
             losses: vec![loss],
@@ -244,12 +274,15 @@ mod tests {
             form_micros: Some(5000),
             load_micros: Some(70_000),
             recompute_micros: None,
+            group: 1,
+            moved_requests: 2,
         };
         ClusterStatus {
             serving: true,
             state: "serving yi on 1 ranks".into(),
+            policy: "one group".into(),
             groups: vec![group],
-            spares: vec![worker],
+            spares: vec![worker.clone(), WorkerStatus { drained: true, ..worker }],
             running: 4,
             waiting: 1,
             incidents: vec![incident],
@@ -262,9 +295,12 @@ mod tests {
         for line in [
             "serving yi on 1 ranks: 4 running, 1 waiting",
             "12.3 tokens/s, 0.0 rows/s, KV 3 of 10 blocks of 64 tokens",
-            "stage 0 rank 0   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.0 GiB): computing step 7, heard 12 ms ago",
-            "spare  worker 3 at here:1",
-            "5 s ago  rank 1 (worker 2 at there:1): no heartbeat  ranks 2 -> 1 in epoch 2  detect 40 ms, form 5 ms, load 70 ms\n",
+            "asked for: one group",
+            "stage 0 rank 0   layers 0..5   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.0 GiB): computing step 7, heard 12 ms ago",
+            "spare   worker 3 at here:1",
+            "drained worker 3 at here:1",
+            "5 s ago  group 1  rank 1 of stage 0 (worker 2 at there:1): no heartbeat  ranks 2 -> 1 in epoch 2  \
+             detect 40 ms, form 5 ms, load 70 ms, 2 requests went on in other groups\n",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

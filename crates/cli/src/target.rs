@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use client::Client;
 
-use crate::embedded::{Embedded, EmbeddedArgs};
+use crate::embedded::{Access, Embedded, EmbeddedArgs};
 use crate::signals::Signals;
 
 #[derive(Debug, Args)]
@@ -38,7 +38,8 @@ impl TargetArgs {
         // An answer is what was asked for.
         let mut args = self.cluster;
         args.quiet = true;
-        let mut cluster = Embedded::start(&args, (Ipv4Addr::LOCALHOST, 0).into(), Ok).await?;
+        let mut cluster =
+            Embedded::start(&args, (Ipv4Addr::LOCALHOST, 0).into(), Access::nobody(), Ok).await?;
         let address = cluster.address().to_string();
         let result = tokio::select! {
             biased;

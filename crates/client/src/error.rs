@@ -27,6 +27,9 @@ pub enum Error {
         /// How it showed.
         source: Box<tonic::Status>,
     },
+    /// An operator's secret is not the cluster's.
+    #[error("the coordinator at {0} has another secret")]
+    Secret(String),
     /// The server said no; its own words.
     #[error("{}", .0.message())]
     Refused(Box<tonic::Status>),
@@ -49,7 +52,7 @@ impl Error {
         match self {
             Self::Unreachable { .. } | Self::Lost { .. } => true,
             Self::Refused(status) => status.code() == Code::Unavailable,
-            Self::Address(_) | Self::GaveUp { .. } | Self::Protocol(_) => false,
+            Self::Address(_) | Self::Secret(_) | Self::GaveUp { .. } | Self::Protocol(_) => false,
         }
     }
 

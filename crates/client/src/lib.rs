@@ -1,4 +1,4 @@
-//! Client library: generate, tokenize, detokenize, what is being served, and by whom.
+//! Client library: generate, tokenize, detokenize, what is being served, and by whom; an operator's orders.
 //!
 //! A thin layer over the public gRPC service: addresses as people write them, typed events, and one [`Error`] whose
 //! messages are for people. A generation outlives its server: the client asks the servers in turn, follows the leader, and
@@ -6,6 +6,7 @@
 
 mod error;
 mod generation;
+mod operator;
 mod servers;
 
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use cluster::proto::{
 };
 pub use error::Error;
 pub use generation::Generation;
+pub use operator::operate;
 
 /// How long a generation waits for a server, unless told otherwise: another coordinator takes over, workers load the model.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -125,12 +125,12 @@ impl Servers {
 }
 
 /// An address without what people write around it.
-fn authority(address: &str) -> &str {
+pub(crate) fn authority(address: &str) -> &str {
     let address = address.trim();
     address.strip_prefix("http://").unwrap_or(address).trim_end_matches('/')
 }
 
-fn endpoint(address: &str) -> Result<Endpoint, Error> {
+pub(crate) fn endpoint(address: &str) -> Result<Endpoint, Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .ok()
         .filter(|endpoint| endpoint.uri().port().is_some())

@@ -6,6 +6,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -60,10 +61,27 @@ pub struct Rank {
     pub member: Member,
 }
 
+impl fmt::Display for GroupFormation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let widths: Vec<_> = self.stages.iter().map(|stage| stage.ranks.len().to_string()).collect();
+        write!(f, "group {} has {} ranks", self.number, widths.join(" + "))
+    }
+}
+
 impl GroupFormation {
     /// All of its workers: stage after stage, rank after rank.
     pub fn workers(&self) -> impl Iterator<Item = WorkerId> + '_ {
         self.stages.iter().flat_map(|stage| stage.ranks.iter().map(|rank| rank.worker))
+    }
+
+    /// Stage and rank of a member, by its number among all of them.
+    pub fn place(&self, number: usize) -> Option<(usize, usize)> {
+        let mut first = 0;
+        self.stages.iter().enumerate().find_map(|(stage, ranks)| {
+            let rank = number - first;
+            first += ranks.ranks.len();
+            (number < first).then_some((stage, rank))
+        })
     }
 
     /// What each of its workers is told when `epoch` begins.

@@ -1,6 +1,13 @@
 //! What groups are wanted, and why there are not so many.
 
+use std::fmt;
+
 use engine::ShardError;
+
+/// Stages of a group, at most: each has a step in flight.
+pub const MAX_STAGES: usize = 16;
+/// Ranks of a stage, and groups, at most.
+pub(crate) const MAX_GROUP: usize = 4096;
 
 /// What groups are to be formed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +40,23 @@ pub enum Shape {
 }
 
 impl Shape {
+    /// Whether there can be such groups, of some model; else why not.
+    pub fn check(&self) -> Result<(), String> {
+        let (_, stages) = self.stages();
+        if !(1..=MAX_STAGES).contains(&stages) {
+            return Err(format!("{stages} stages: use 1 to {MAX_STAGES}"));
+        }
+        match *self {
+            Shape::Fixed { ranks, .. } if !(1..=MAX_GROUP).contains(&ranks) => {
+                Err(format!("{ranks} ranks: use 1 to {MAX_GROUP}"))
+            }
+            Shape::Fixed { ranks, min_ranks, .. } if !(1..=ranks).contains(&min_ranks) => {
+                Err(format!("{min_ranks} ranks at least: use 1 to {ranks}, the number of ranks"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Ranks of a stage: the fewest, and the most of a model with so many units.
     pub fn widths(&self, units: usize) -> (usize, usize) {
         match *self {
@@ -46,6 +70,21 @@ impl Shape {
         match *self {
             Shape::Fixed { stages, .. } => (stages, stages),
             Shape::Auto { max_stages } => (1, max_stages),
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "up to {} groups of ", self.replicas)?;
+        match self.shape {
+            Shape::Fixed { stages, ranks, min_ranks } if min_ranks < ranks => {
+                write!(f, "{stages} stages of {min_ranks} to {ranks} ranks")
+            }
+            Shape::Fixed { stages, ranks, .. } => write!(f, "{stages} stages of {ranks} ranks"),
+            Shape::Auto { max_stages } => {
+                write!(f, "up to {max_stages} stages of as many ranks as there are")
+            }
         }
     }
 }

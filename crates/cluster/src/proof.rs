@@ -52,6 +52,16 @@ impl Session {
         self.verify(Role::Initiator, &attach_context(worker, epoch), proof)
     }
 
+    /// What goes with an operator's order, who is the initiator in place of a worker.
+    pub fn order_proof(&self, order: &[u8]) -> Bytes {
+        self.prove(Role::Initiator, &order_context(order))
+    }
+
+    /// Whether an order comes from somebody who knows the secret.
+    pub fn verify_order(&self, order: &[u8], proof: &[u8]) -> bool {
+        self.verify(Role::Initiator, &order_context(order), proof)
+    }
+
     fn prove(&self, role: Role, context: &str) -> Bytes {
         let proof = self.secret.prove(role, context.as_bytes(), &self.worker, &self.coordinator);
         Bytes::copy_from_slice(&proof.0)
@@ -77,6 +87,10 @@ fn attach_context(worker: WorkerId, epoch: Epoch) -> String {
     format!("phalanx steps, protocol {PROTOCOL}, worker {worker}, epoch {epoch}")
 }
 
+fn order_context(order: &[u8]) -> String {
+    format!("phalanx order, protocol {PROTOCOL}, {order:02x?}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +109,10 @@ mod tests {
         assert!(session.verify_attach(WorkerId(3), epoch, &attach));
         assert!(!session.verify_attach(WorkerId(4), epoch, &attach));
         assert!(!session.verify_attach(WorkerId(3), Epoch { term: 1, counter: 3 }, &attach));
+        let order = session.order_proof(b"drain");
+        assert!(session.verify_order(b"drain", &order));
+        assert!(!session.verify_order(b"scale", &order));
+        assert!(!session.verify_worker(&order));
         let later = Session::new(secret, Nonce::random(), Nonce::random());
         assert!(!later.verify_attach(WorkerId(3), epoch, &attach));
     }

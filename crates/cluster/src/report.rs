@@ -66,6 +66,27 @@ impl ModelReport {
     }
 }
 
+impl ModelReport {
+    /// Whether requests of a cluster that serves `other` can go on with this: it is the same model, if maybe in other data types, on
+    /// other instructions, or trained further, which the fingerprint tells.
+    pub fn is_same_model(&self, other: &ModelReport) -> Result<(), Difference> {
+        for (field, worker, group) in [
+            ("vocabulary", self.vocabulary, other.vocabulary),
+            ("units", self.units, other.units),
+            ("layers", self.needs.layers, other.needs.layers),
+        ] {
+            if worker != group {
+                return Err(Difference { field, worker: worker.to_string(), group: group.to_string() });
+            }
+        }
+        if self.eos != other.eos {
+            let [worker, group] = [&self.eos, &other.eos].map(|eos| format!("{eos:?}"));
+            return Err(Difference { field: "eos_token_ids", worker, group });
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "serves {} {}, the group {}", self.field, self.worker, self.group)

@@ -15,9 +15,11 @@ pub struct ModelInfo {
     pub max_context: u32,
     /// Ids that end a sequence.
     pub eos: Vec<u32>,
-    /// Tensor ranks of the group.
+    /// Ranks that serve it, in all groups.
     pub ranks: u32,
-    /// Model, data types, instruction path: what the bits depend on.
+    /// Groups that serve it.
+    pub groups: u32,
+    /// Model, data types, instruction path: what the bits depend on. Where groups differ in it, that of one of them.
     pub fingerprint: String,
 }
 
@@ -50,6 +52,11 @@ pub enum EngineEvent {
         /// Natural logarithm of its probability.
         logprob: f32,
     },
+    /// Tokens that follow are computed under another fingerprint, and may differ from those that would have come.
+    Moved {
+        /// The new one.
+        fingerprint: String,
+    },
     /// The end.
     Finished {
         /// Why.
@@ -66,6 +73,8 @@ pub enum EngineEvent {
 pub struct Submission {
     /// Its events, in order.
     pub events: mpsc::UnboundedReceiver<EngineEvent>,
+    /// What its tokens are computed under, until an event says otherwise.
+    pub fingerprint: String,
 }
 
 /// Whatever generates tokens for the gateway: the coordinator of this process, or a remote one.
@@ -78,5 +87,13 @@ pub trait Engine: Send + Sync + 'static {
     /// What goes on, in detail.
     async fn status(&self) -> Result<ClusterStatus, EngineError>;
     /// Starts a request.
-    async fn submit(&self, request: Request) -> Result<Submission, EngineError>;
+    async fn submit(&self, request: Request) -> Result<Submission, EngineError> {
+        self.submit_under(request, None).await
+    }
+    /// Starts a request or goes on with one, under this fingerprint if any group has it.
+    async fn submit_under(
+        &self,
+        request: Request,
+        fingerprint: Option<String>,
+    ) -> Result<Submission, EngineError>;
 }

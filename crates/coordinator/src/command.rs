@@ -4,17 +4,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame};
-use cluster::{MAX_STEPS_IN_FLIGHT, Progress, Session, WorkerId};
+use cluster::{MAX_STAGES, MAX_STEPS_IN_FLIGHT, Order, Progress, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::api::{EngineError, Submission};
-use crate::group::{Capacity, Newcomer};
+use crate::groups::{Capacity, Newcomer};
 
 /// Plans on their way to one rank: as many steps as can be in flight, and a few that a rank which does not sample may be behind. One
 /// that lets more pile up is broken.
-pub(crate) const PLANS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize + 4;
+pub(crate) const PLANS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize + MAX_STAGES + 4;
 
 /// What a Join stream carries down. Unbounded: the leader writes a message or two for each epoch.
 pub(crate) type JoinSender = mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>;
@@ -25,7 +25,14 @@ pub(crate) type PlanSender = mpsc::Sender<Result<StepFrame, Status>>;
 #[derive(Debug)]
 pub(crate) enum Command {
     /// From a handle: start a request.
-    Submit { request: Request, reply: oneshot::Sender<Result<Submission, EngineError>> },
+    Submit {
+        request: Request,
+        /// Under which it began.
+        fingerprint: Option<String>,
+        reply: oneshot::Sender<Result<Submission, EngineError>>,
+    },
+    /// From an operator: what to change; the answer is for people.
+    Operate { order: Order, reply: oneshot::Sender<Result<String, String>> },
     /// From a handle: how things stand.
     Status { reply: oneshot::Sender<ClusterStatus> },
     /// A worker has proven that it knows the secret.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use cluster::WORKER_MESSAGE_LIMIT;
 use cluster::proto::cluster_server::{Cluster, ClusterServer};
-use cluster::proto::{ClusterStatus, StepReply, WorkerMessage};
+use cluster::proto::{ClusterStatus, OperatorMessage, StepReply, WorkerMessage};
 use cluster::registry::election::{Candidate, Election, Leadership};
 use engine::Request;
 use tokio::sync::watch;
@@ -17,10 +17,10 @@ use tracing::{error, info};
 
 use crate::api::{Engine, EngineError, ModelInfo, Submission};
 use crate::config::CoordinatorConfig;
-use crate::group::State;
 use crate::handle::CoordinatorHandle;
 use crate::leader::Coordinator;
 use crate::service::ClusterService;
+use crate::state::State;
 
 /// Pause before a registry that refused an election is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -83,8 +83,12 @@ impl Engine for Contender {
         self.leading()?.status().await
     }
 
-    async fn submit(&self, request: Request) -> Result<Submission, EngineError> {
-        self.leading()?.submit(request).await
+    async fn submit_under(
+        &self,
+        request: Request,
+        fingerprint: Option<String>,
+    ) -> Result<Submission, EngineError> {
+        self.leading()?.submit_under(request, fingerprint).await
     }
 }
 
@@ -114,6 +118,7 @@ impl ContenderService {
 impl Cluster for ContenderService {
     type JoinStream = <ClusterService as Cluster>::JoinStream;
     type StepsStream = <ClusterService as Cluster>::StepsStream;
+    type OperateStream = <ClusterService as Cluster>::OperateStream;
 
     async fn join(
         &self,
@@ -127,6 +132,13 @@ impl Cluster for ContenderService {
         request: tonic::Request<Streaming<StepReply>>,
     ) -> Result<Response<Self::StepsStream>, Status> {
         self.leading()?.steps(request).await
+    }
+
+    async fn operate(
+        &self,
+        request: tonic::Request<Streaming<OperatorMessage>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        self.leading()?.operate(request).await
     }
 }
 

@@ -4,11 +4,13 @@
 //! heartbeats: while a step is in flight some rank must get on, or the step is given up after a deadline that grows with the
 //! step's rows and with what a row has taken so far.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use cluster::{Activity, Progress, WorkerId};
+use cluster::{Activity, WorkerId};
 use engine::{Epoch, StepId};
+
+use crate::heartbeats::Heartbeats;
 
 /// A step may take so many times what its rows took at their slowest.
 const SLACK: u32 = 8;
@@ -17,26 +19,17 @@ const UNMEASURED: Duration = Duration::from_secs(120);
 /// How much of an old measurement is left when a faster one comes: a single slow step is forgotten after a while.
 const MEMORY: f64 = 0.95;
 
-/// What the coordinator knows of how its workers get on.
+/// What the coordinator knows of how a group gets on.
 #[derive(Debug)]
 pub(crate) struct Detector {
     /// No rank is given up before it has made no progress for so long.
     shortest: Duration,
     /// Seconds of a row, at its slowest.
     pace: Option<f64>,
-    seen: BTreeMap<WorkerId, Seen>,
     /// Planned and not applied, oldest first.
     in_flight: VecDeque<Planned>,
     /// When the oldest step in flight was the only thing left to wait for.
     since: Option<Instant>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Seen {
-    progress: Progress,
-    /// When it last changed.
-    changed: Instant,
-    heard: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -45,10 +38,10 @@ struct Planned {
     rows: usize,
 }
 
-/// A rank that hangs.
+/// A member that hangs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hang {
-    /// Which.
+    /// Its number in the group, through all stages.
     pub(crate) rank: usize,
     /// How it shows.
     pub(crate) reason: String,
@@ -57,26 +50,7 @@ pub(crate) struct Hang {
 impl Detector {
     /// Gives no rank up before it has made no progress for `shortest`.
     pub(crate) fn new(shortest: Duration) -> Self {
-        Self { shortest, pace: None, seen: BTreeMap::new(), in_flight: VecDeque::new(), since: None }
-    }
-
-    /// A heartbeat came.
-    pub(crate) fn heard(&mut self, worker: WorkerId, progress: Progress, now: Instant) {
-        let seen = self.seen.entry(worker).or_insert(Seen { progress, changed: now, heard: now });
-        if seen.progress != progress {
-            seen.changed = now;
-        }
-        (seen.progress, seen.heard) = (progress, now);
-    }
-
-    /// When a worker last gave a sign of life, and what it said.
-    pub(crate) fn last_heard(&self, worker: WorkerId) -> Option<(Instant, Progress)> {
-        self.seen.get(&worker).map(|seen| (seen.heard, seen.progress))
-    }
-
-    /// A worker is gone.
-    pub(crate) fn forget(&mut self, worker: WorkerId) {
-        self.seen.remove(&worker);
+        Self { shortest, pace: None, in_flight: VecDeque::new(), since: None }
     }
 
     /// A step is on its way to all ranks.
@@ -101,18 +75,24 @@ impl Detector {
         self.since = None;
     }
 
-    /// The rank that keeps the group of `ranks` from getting on, if none has for too long.
-    pub(crate) fn hang(&self, epoch: Epoch, ranks: &[WorkerId], now: Instant) -> Option<Hang> {
+    /// The rank that keeps the group of `ranks`, those of all stages, from getting on, if none has for too long.
+    pub(crate) fn hang(
+        &self,
+        heartbeats: &Heartbeats,
+        epoch: Epoch,
+        ranks: &[WorkerId],
+        now: Instant,
+    ) -> Option<Hang> {
         let (step, since) = (self.in_flight.front()?, self.since?);
         let deadline = self.deadline(step.rows);
-        let seen: Vec<Option<&Seen>> = ranks.iter().map(|worker| self.seen.get(worker)).collect();
+        let seen: Vec<_> = ranks.iter().map(|worker| heartbeats.last(*worker)).collect();
         let last = seen.iter().flatten().map(|seen| seen.changed).max().unwrap_or(since).max(since);
         let idle = now.saturating_duration_since(last);
         if idle < deadline {
             return None;
         }
         let step = step.step;
-        let of_epoch = |rank: usize| seen[rank].map(|s| s.progress).filter(|p| p.epoch == Some(epoch));
+        let of_epoch = |rank: usize| seen[rank].map(|seen| seen.progress).filter(|p| p.epoch == Some(epoch));
         let hang = |rank: usize, how: &str| {
             Some(Hang { rank, reason: format!("{how} step {step} for {:.1} s", idle.as_secs_f64()) })
         };
@@ -150,6 +130,8 @@ impl Detector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heartbeats::Seen;
+    use cluster::Progress;
 
     const EPOCH: Epoch = Epoch { term: 1, counter: 4 };
     const RANKS: [WorkerId; 3] = [WorkerId(7), WorkerId(8), WorkerId(9)];
@@ -157,13 +139,19 @@ mod tests {
 
     struct Scene {
         detector: Detector,
+        heartbeats: Heartbeats,
         now: Instant,
     }
 
     impl Scene {
+        fn unmeasured(shortest: Duration) -> Self {
+            let heartbeats = Heartbeats::default();
+            Self { detector: Detector::new(shortest), heartbeats, now: Instant::now() }
+        }
+
         /// One step of ten rows, which took a second, was applied; the second one is on its way.
         fn new() -> Self {
-            let mut scene = Self { detector: Detector::new(5 * SECOND), now: Instant::now() };
+            let mut scene = Self::unmeasured(5 * SECOND);
             scene.detector.planned(StepId(0), 10, scene.now);
             scene.now += SECOND;
             assert_eq!(scene.detector.applied(StepId(0), scene.now), Some((10, SECOND)));
@@ -173,19 +161,20 @@ mod tests {
         fn hear(&mut self, rank: usize, activity: Activity, step: u64, waits_for: Option<usize>) {
             let progress =
                 Progress { epoch: Some(EPOCH), step: Some(StepId(step)), activity, waits_for, calls: 3 };
-            self.detector.heard(RANKS[rank], progress, self.now);
+            self.heartbeats.heard(RANKS[rank], progress, self.now);
         }
 
         fn hang(&self) -> Option<(usize, String)> {
-            self.detector.hang(EPOCH, &RANKS, self.now).map(|hang| (hang.rank, hang.reason))
+            let hang = self.detector.hang(&self.heartbeats, EPOCH, &RANKS, self.now);
+            hang.map(|hang| (hang.rank, hang.reason))
         }
 
         /// Goes on for so long, with the same heartbeats.
         fn pass(&mut self, time: Duration) {
             self.now += time;
             for worker in RANKS {
-                if let Some((_, progress)) = self.detector.last_heard(worker) {
-                    self.detector.heard(worker, progress, self.now);
+                if let Some(Seen { progress, .. }) = self.heartbeats.last(worker) {
+                    self.heartbeats.heard(worker, progress, self.now);
                 }
             }
         }
@@ -226,7 +215,7 @@ mod tests {
         scene.detector.planned(StepId(1), 1, scene.now);
         for calls in 0..10 {
             let progress = Progress { epoch: Some(EPOCH), calls, ..Progress::default() };
-            scene.detector.heard(RANKS[2], progress, scene.now);
+            scene.heartbeats.heard(RANKS[2], progress, scene.now);
             scene.pass(4 * SECOND);
             assert_eq!(scene.hang(), None);
         }
@@ -239,7 +228,7 @@ mod tests {
 
     #[test]
     fn nothing_is_known_of_the_first_step() {
-        let mut scene = Scene { detector: Detector::new(SECOND), now: Instant::now() };
+        let mut scene = Scene::unmeasured(SECOND);
         scene.detector.planned(StepId(0), 1, scene.now);
         scene.pass(UNMEASURED - SECOND);
         assert_eq!(scene.hang(), None);

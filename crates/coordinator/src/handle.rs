@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::api::{Engine, EngineError, ModelInfo, Submission};
 use crate::command::Command;
-use crate::group::State;
+use crate::state::State;
 
 /// A running coordinator. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -18,7 +18,7 @@ pub struct CoordinatorHandle {
 }
 
 impl CoordinatorHandle {
-    /// Where the group stands, now and whenever it changes.
+    /// Where the groups stand, now and whenever it changes.
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
@@ -50,7 +50,11 @@ impl Engine for CoordinatorHandle {
         self.ask(|reply| Command::Status { reply }).await
     }
 
-    async fn submit(&self, request: Request) -> Result<Submission, EngineError> {
-        self.ask(|reply| Command::Submit { request, reply }).await?
+    async fn submit_under(
+        &self,
+        request: Request,
+        fingerprint: Option<String>,
+    ) -> Result<Submission, EngineError> {
+        self.ask(|reply| Command::Submit { request, fingerprint, reply }).await?
     }
 }

@@ -1,11 +1,11 @@
-//! What happened to the group, and how long each part of getting over it took. Pure.
+//! What happened to the groups, and how long each part of getting over it took. Pure.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime};
 
 use engine::Epoch;
 
-use crate::group::Loss;
+use crate::groups::Loss;
 
 /// Incidents that are kept.
 const KEPT: usize = 16;
@@ -27,6 +27,8 @@ pub(crate) struct Incident {
     pub(crate) load: Option<Duration>,
     /// From then to the first token; none if nothing ran.
     pub(crate) recompute: Option<Duration>,
+    /// Requests that other groups took over.
+    pub(crate) moved: usize,
 }
 
 impl Incident {
@@ -36,11 +38,12 @@ impl Incident {
     }
 }
 
-/// The last incidents, and the one that is going on.
+/// The last incidents, and those that are going on.
 #[derive(Debug, Default)]
 pub(crate) struct Incidents {
     past: VecDeque<Incident>,
-    open: Option<Open>,
+    /// By group.
+    open: BTreeMap<u32, Open>,
 }
 
 #[derive(Debug)]
@@ -55,7 +58,7 @@ struct Open {
 impl Incidents {
     /// An epoch is over; `detect`: how long that went unnoticed.
     pub(crate) fn lost(&mut self, loss: Loss, detect: Duration, now: Instant) {
-        let open = self.open.get_or_insert_with(|| Open {
+        let open = self.open.entry(loss.group).or_insert_with(|| Open {
             incident: Incident {
                 at: SystemTime::now(),
                 losses: Vec::new(),
@@ -64,6 +67,7 @@ impl Incidents {
                 form: None,
                 load: None,
                 recompute: None,
+                moved: 0,
             },
             began: now,
             loading: Duration::ZERO,
@@ -73,9 +77,16 @@ impl Incidents {
         (open.loading, open.served) = (Duration::ZERO, None);
     }
 
-    /// A rank has loaded.
-    pub(crate) fn loaded(&mut self, took: Duration) {
-        if let Some(open) = &mut self.open {
+    /// So many requests go on in other groups.
+    pub(crate) fn moved(&mut self, group: u32, requests: usize) {
+        if let Some(open) = self.open.get_mut(&group) {
+            open.incident.moved += requests;
+        }
+    }
+
+    /// A rank of a group has loaded.
+    pub(crate) fn loaded(&mut self, group: u32, took: Duration) {
+        if let Some(open) = self.open.get_mut(&group) {
             open.loading = open.loading.max(took);
         }
     }
@@ -83,34 +94,35 @@ impl Incidents {
     /// A group stands again; with requests that wait for it the incident goes on to the first token.
     pub(crate) fn served(
         &mut self,
+        group: u32,
         epoch: Epoch,
         ranks: usize,
         requests: usize,
         now: Instant,
     ) -> Option<&Incident> {
-        let open = self.open.as_mut()?;
+        let open = self.open.get_mut(&group)?;
         let whole = now.saturating_duration_since(open.began);
         (open.incident.epoch, open.incident.ranks) = (Some(epoch), ranks);
         open.incident.load = Some(open.loading.min(whole));
         open.incident.form = Some(whole.saturating_sub(open.loading));
         open.served = Some(now);
-        if requests == 0 { self.close() } else { None }
+        if requests == 0 { self.close(group) } else { None }
     }
 
-    /// A token came.
-    pub(crate) fn token(&mut self, now: Instant) -> Option<&Incident> {
-        let open = self.open.as_mut()?;
+    /// A token came of a group.
+    pub(crate) fn token(&mut self, group: u32, now: Instant) -> Option<&Incident> {
+        let open = self.open.get_mut(&group)?;
         open.incident.recompute = Some(now.saturating_duration_since(open.served?));
-        self.close()
+        self.close(group)
     }
 
-    /// The last incidents, newest first, the one that is going on before all.
+    /// The last incidents, newest first, those that are going on before all.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Incident> {
-        self.open.iter().map(|open| &open.incident).chain(self.past.iter().rev())
+        self.open.values().map(|open| &open.incident).chain(self.past.iter().rev())
     }
 
-    fn close(&mut self) -> Option<&Incident> {
-        let open = self.open.take()?;
+    fn close(&mut self, group: u32) -> Option<&Incident> {
+        let open = self.open.remove(&group)?;
         if self.past.len() == KEPT {
             self.past.pop_front();
         }
@@ -124,7 +136,13 @@ mod tests {
     use super::*;
 
     fn loss(counter: u64) -> Loss {
-        Loss { epoch: Epoch { term: 1, counter }, ranks: 2, member: None, cause: "it is a test".into() }
+        Loss {
+            group: 5,
+            epoch: Epoch { term: 1, counter },
+            ranks: 2,
+            member: None,
+            cause: "it is a test".into(),
+        }
     }
 
     fn millis(millis: u64) -> Duration {
@@ -134,32 +152,32 @@ mod tests {
     #[test]
     fn every_part_is_timed() {
         let (mut incidents, start) = (Incidents::default(), Instant::now());
-        incidents.loaded(millis(900));
-        assert_eq!(incidents.token(start), None);
+        incidents.loaded(5, millis(900));
+        assert_eq!(incidents.token(5, start), None);
         incidents.lost(loss(1), millis(40), start);
-        assert_eq!(incidents.token(start), None, "a token of before");
-        incidents.loaded(millis(70));
-        incidents.loaded(millis(30));
+        assert_eq!(incidents.token(5, start), None, "a token of before");
+        incidents.loaded(5, millis(70));
+        incidents.loaded(5, millis(30));
         let served = start + millis(100);
-        assert_eq!(incidents.served(Epoch { term: 1, counter: 2 }, 1, 3, served), None);
-        let incident = incidents.token(served + millis(25)).expect("it is over").clone();
+        assert_eq!(incidents.served(5, Epoch { term: 1, counter: 2 }, 1, 3, served), None);
+        let incident = incidents.token(5, served + millis(25)).expect("it is over").clone();
         assert_eq!(
             (incident.detect(), incident.form, incident.load),
             (millis(40), Some(millis(30)), Some(millis(70)))
         );
         assert_eq!((incident.recompute, incident.ranks), (Some(millis(25)), 1));
-        assert_eq!(incidents.token(served + millis(50)), None);
+        assert_eq!(incidents.token(5, served + millis(50)), None);
     }
 
     #[test]
     fn what_is_lost_meanwhile_belongs_to_it() {
         let (mut incidents, start) = (Incidents::default(), Instant::now());
         incidents.lost(loss(1), millis(1), start);
-        incidents.loaded(millis(80));
-        incidents.served(Epoch { term: 1, counter: 2 }, 2, 1, start + millis(100));
+        incidents.loaded(5, millis(80));
+        incidents.served(5, Epoch { term: 1, counter: 2 }, 2, 1, start + millis(100));
         incidents.lost(loss(2), millis(9), start + millis(110));
-        assert_eq!(incidents.token(start + millis(111)), None, "a token of before");
-        let incident = incidents.served(Epoch { term: 1, counter: 3 }, 2, 0, start + millis(500));
+        assert_eq!(incidents.token(5, start + millis(111)), None, "a token of before");
+        let incident = incidents.served(5, Epoch { term: 1, counter: 3 }, 2, 0, start + millis(500));
         let incident = incident.expect("nothing runs, so it is over");
         assert_eq!(
             (incident.losses.len(), incident.form, incident.load),
@@ -173,7 +191,7 @@ mod tests {
         let (mut incidents, start) = (Incidents::default(), Instant::now());
         for counter in 0..20 {
             incidents.lost(loss(counter), millis(0), start);
-            incidents.served(Epoch::default(), 1, 0, start);
+            incidents.served(5, Epoch::default(), 1, 0, start);
         }
         incidents.lost(loss(20), millis(0), start);
         let epochs: Vec<_> = incidents.iter().map(|incident| incident.losses[0].0.epoch.counter).collect();

@@ -5,16 +5,17 @@ use cluster::convert::MAX_SLICES;
 use engine::SchedulerConfig;
 
 use crate::config::CoordinatorConfig;
-use crate::group::Capacity;
+use crate::groups::Capacity;
 
 /// Where neither the user nor the workers set limits.
 const USUAL_BATCH_TOKENS: u32 = 512;
 const USUAL_SEQUENCES: u32 = 64;
 
-/// Limits of a group of this model whose ranks have this in common.
+/// Limits of a group of this model, in so many stages, whose ranks have this in common.
 pub(crate) fn limits(
     config: &CoordinatorConfig,
     report: &ModelReport,
+    stages: usize,
     capacity: Capacity,
 ) -> SchedulerConfig {
     let Capacity { kv_blocks, steps_in_flight, step_rows, sampled_rows } = capacity;
@@ -26,7 +27,7 @@ pub(crate) fn limits(
         max_batch_tokens: within(config.max_batch_tokens, step_rows, USUAL_BATCH_TOKENS),
         max_sequences: within(config.max_sequences, sampled_rows, USUAL_SEQUENCES).min(MAX_SLICES as u32),
         steps_in_flight,
-        stages: 1,
+        stages: stages as u32,
     }
 }
 

@@ -15,19 +15,43 @@ pub(crate) struct Requests {
     open: HashMap<SeqId, Open>,
 }
 
+/// A request that has not ended.
 #[derive(Debug)]
-struct Open {
+pub(crate) struct Open {
     events: UnboundedSender<EngineEvent>,
     span: Span,
+    /// What its tokens are computed under.
+    fingerprint: String,
 }
 
 impl Requests {
     /// Opens the channel of a request.
-    pub(crate) fn open(&mut self, seq: SeqId, prompt_tokens: usize) -> UnboundedReceiver<EngineEvent> {
+    pub(crate) fn open(
+        &mut self,
+        seq: SeqId,
+        prompt_tokens: usize,
+        fingerprint: String,
+    ) -> UnboundedReceiver<EngineEvent> {
         let (events, receiver) = mpsc::unbounded_channel();
         let span = info_span!("request", %seq, prompt_tokens);
-        self.open.insert(seq, Open { events, span });
+        self.open.insert(seq, Open { events, span, fingerprint });
         receiver
+    }
+
+    /// Gives up the channel of a request that goes on elsewhere.
+    pub(crate) fn give_up(&mut self, seq: SeqId) -> Option<Open> {
+        self.open.remove(&seq)
+    }
+
+    /// Goes on with a request of another group.
+    pub(crate) fn take_over(&mut self, seq: SeqId, mut request: Open, fingerprint: &str) {
+        request.goes_on_under(fingerprint);
+        self.open.insert(seq, request);
+    }
+
+    /// The group stands again, with this fingerprint.
+    pub(crate) fn go_on_under(&mut self, fingerprint: &str) {
+        self.open.values_mut().for_each(|request| request.goes_on_under(fingerprint));
     }
 
     /// Tells a request what happened to it. That nobody listens any more is seen by `hung_up`.
@@ -50,9 +74,13 @@ impl Requests {
     /// Ends a request that cannot go on.
     pub(crate) fn fail(&mut self, seq: SeqId, error: EngineError) {
         if let Some(request) = self.open.remove(&seq) {
-            request.span.in_scope(|| info!(%error, "failed"));
-            let _ = request.events.send(EngineEvent::Failed(error));
+            request.fail(error);
         }
+    }
+
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.open.is_empty()
     }
 
     /// Ends all requests.
@@ -71,5 +99,25 @@ impl Requests {
                 seq
             })
             .collect()
+    }
+}
+
+impl Open {
+    /// What its tokens were computed under until now.
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Ends it: it cannot go on.
+    pub(crate) fn fail(self, error: EngineError) {
+        self.span.in_scope(|| info!(%error, "failed"));
+        let _ = self.events.send(EngineEvent::Failed(error));
+    }
+
+    fn goes_on_under(&mut self, fingerprint: &str) {
+        if self.fingerprint != fingerprint {
+            self.fingerprint = fingerprint.to_owned();
+            let _ = self.events.send(EngineEvent::Moved { fingerprint: self.fingerprint.clone() });
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! The internal gRPC service: parses what workers send, proves who they are, and passes it on to the leader.
 
+mod operate;
+
 use std::time::{Duration, Instant};
 
 use auth::{Nonce, Secret};
@@ -8,8 +10,8 @@ use cluster::proof::nonce;
 use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
-    Challenge, CoordinatorMessage, Hello, StepFrame, StepReply, WorkerMessage, coordinator_message,
-    step_reply,
+    Challenge, CoordinatorMessage, Hello, OperatorMessage, OperatorReply, StepFrame, StepReply,
+    WorkerMessage, coordinator_message, step_reply,
 };
 use cluster::{
     MAX_STEPS_IN_FLIGHT, ModelReport, PROTOCOL, Progress, Resources, Session, WORKER_MESSAGE_LIMIT, WorkerId,
@@ -23,7 +25,7 @@ use tracing::warn;
 
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
-use crate::group::{Capacity, Newcomer};
+use crate::groups::{Capacity, Newcomer};
 
 /// A stranger may not keep a stream open for longer without proving itself.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -76,11 +78,7 @@ impl ClusterService {
     ) -> Result<WorkerId, Status> {
         let Up::Hello(hello) = receive(up).await? else { return Err(unexpected("hello")) };
         let Hello { protocol, nonce: theirs, collective_address, host, model, resources } = hello;
-        if protocol != PROTOCOL {
-            return Err(Status::failed_precondition(format!(
-                "the coordinator speaks protocol {PROTOCOL}, the worker protocol {protocol}: run the same version on both"
-            )));
-        }
+        check_protocol("worker", protocol)?;
         let theirs = nonce("hello.nonce", &theirs).map_err(invalid)?;
         let address = convert::text("hello.collective_address", collective_address).map_err(invalid)?;
         let host = convert::text("hello.host", host).map_err(invalid)?;
@@ -158,6 +156,7 @@ impl ClusterService {
 impl Cluster for ClusterService {
     type JoinStream = UnboundedReceiverStream<Result<CoordinatorMessage, Status>>;
     type StepsStream = ReceiverStream<Result<StepFrame, Status>>;
+    type OperateStream = ReceiverStream<Result<OperatorReply, Status>>;
 
     async fn join(
         &self,
@@ -187,6 +186,24 @@ impl Cluster for ClusterService {
         tokio::spawn(self.clone().collect(worker, epoch, up));
         Ok(Response::new(ReceiverStream::new(frames)))
     }
+
+    async fn operate(
+        &self,
+        request: Request<Streaming<OperatorMessage>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        let (down, replies) = mpsc::channel(operate::REPLIES);
+        tokio::spawn(self.clone().serve_operator(request.into_inner(), down));
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+fn check_protocol(whose: &str, protocol: u32) -> Result<(), Status> {
+    if protocol == PROTOCOL {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "the coordinator speaks protocol {PROTOCOL}, the {whose} protocol {protocol}: run the same version on both"
+    )))
 }
 
 /// The next message of a worker; its end is an error.

@@ -1,15 +1,17 @@
 //! How things stand, as the public service tells it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use cluster::proto::{ClusterStatus, GroupStatus, Incident, Loss, RankStatus, WorkerStatus};
 use cluster::{Activity, Candidate, GroupFormation, Progress, Rank, Stage};
-use engine::{Load, Scheduler};
+use engine::Epoch;
 
-use crate::detector::Detector;
-use crate::group::{Group, State};
+use crate::groups::{self, Groups};
+use crate::heartbeats::Heartbeats;
 use crate::incidents::{self, Incidents};
+use crate::replica::Replica;
+use crate::state::State;
 
 /// Rates are over so many seconds.
 const WINDOW: u64 = 10;
@@ -17,32 +19,31 @@ const WINDOW: u64 = 10;
 /// Everything that a status tells of.
 pub(crate) struct View<'a> {
     pub(crate) state: &'a State,
-    pub(crate) group: &'a Group,
-    pub(crate) detector: &'a Detector,
+    pub(crate) groups: &'a Groups,
+    pub(crate) heartbeats: &'a Heartbeats,
     pub(crate) incidents: &'a Incidents,
-    pub(crate) scheduler: Option<&'a Scheduler>,
-    pub(crate) rates: &'a Rates,
+    pub(crate) replicas: &'a BTreeMap<u32, Replica>,
     pub(crate) now: Instant,
 }
 
 impl View<'_> {
     /// The status.
     pub(crate) fn status(&self) -> ClusterStatus {
-        let load = self.scheduler.map(Scheduler::load);
-        let spare = |worker: &&Candidate| !self.group.members().any(|member| member == worker.id);
+        let spare = |worker: &&Candidate| self.groups.seat(worker.id).is_none();
+        let loads = || self.replicas.values().map(Replica::load);
         ClusterStatus {
             serving: matches!(self.state, State::Serving(_)),
             state: self.state.to_string(),
-            groups: self.group.formation().map(|group| self.group(group, load)).into_iter().collect(),
-            spares: self.group.workers().filter(spare).map(|worker| self.worker(worker)).collect(),
-            running: load.map_or(0, |load| load.running as u32),
-            waiting: load.map_or(0, |load| load.waiting as u32),
+            policy: self.groups.policy().to_string(),
+            groups: self.groups.standing().map(|(group, epoch)| self.group(group, epoch)).collect(),
+            spares: self.groups.workers().filter(spare).map(|worker| self.worker(worker, None)).collect(),
+            running: loads().map(|load| load.running as u32).sum(),
+            waiting: loads().map(|load| load.waiting as u32).sum(),
             incidents: self.incidents.iter().map(incident).collect(),
         }
     }
 
-    fn group(&self, group: &GroupFormation, load: Option<Load>) -> GroupStatus {
-        let epoch = self.group.epoch();
+    fn group(&self, group: &GroupFormation, epoch: Epoch) -> GroupStatus {
         let ranks = |(number, stage): (usize, &Stage)| -> Vec<RankStatus> {
             let one = |(rank, place): (usize, &Rank)| RankStatus {
                 stage: number as u32,
@@ -51,13 +52,15 @@ impl View<'_> {
                 end_layer: stage.layers.end as u32,
                 first_unit: place.member.units.start as u32,
                 end_unit: place.member.units.end as u32,
-                worker: self.group.workers().find(|w| w.id == place.worker).map(|worker| self.worker(worker)),
+                worker: self.groups.worker(place.worker).map(|worker| self.worker(worker, Some(group))),
             };
             stage.ranks.iter().enumerate().map(one).collect()
         };
+        let replica = self.replicas.get(&group.number);
         // Before the group serves, what was held went with the group before.
-        let load = load.filter(|_| matches!(self.state, State::Serving(_)));
-        let (tokens_per_second, rows_per_second) = self.rates.per_second(self.now);
+        let load = replica.filter(|_| self.groups.is_serving(group.number)).map(Replica::load);
+        let (tokens_per_second, rows_per_second) =
+            replica.map_or((0.0, 0.0), |replica| replica.rates.per_second(self.now));
         GroupStatus {
             number: group.number,
             model: group.report.name.clone(),
@@ -73,9 +76,10 @@ impl View<'_> {
         }
     }
 
-    fn worker(&self, worker: &Candidate) -> WorkerStatus {
-        let heard = self.detector.last_heard(worker.id);
-        let age = heard.map_or(Duration::ZERO, |(at, _)| self.now.saturating_duration_since(at));
+    /// A worker; `group`: the one in which it has a part.
+    fn worker(&self, worker: &Candidate, group: Option<&GroupFormation>) -> WorkerStatus {
+        let heard = self.heartbeats.last(worker.id);
+        let age = heard.map_or(Duration::ZERO, |seen| self.now.saturating_duration_since(seen.heard));
         WorkerStatus {
             worker: worker.id.0,
             address: worker.address.clone(),
@@ -83,28 +87,36 @@ impl View<'_> {
             zone: worker.resources.zone.clone(),
             device: worker.resources.device.clone(),
             memory: worker.resources.memory,
-            activity: heard.map_or_else(String::new, |(_, progress)| activity(&progress)),
+            activity: heard.map_or_else(String::new, |seen| activity(&seen.progress, group)),
             heartbeat_millis: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
+            drained: self.groups.is_drained(worker),
         }
     }
 }
 
-fn activity(progress: &Progress) -> String {
+fn activity(progress: &Progress, group: Option<&GroupFormation>) -> String {
+    let rank = |number: usize| match group.and_then(|group| group.place(number)) {
+        Some((stage, rank)) if group.is_some_and(|group| group.stages.len() > 1) => {
+            format!("rank {rank} of stage {stage}")
+        }
+        _ => format!("rank {number}"),
+    };
     let what = match (progress.activity, progress.waits_for) {
         (Activity::Idle, _) => return "idle".into(),
         (Activity::Loading, None) => return "loading".into(),
-        (Activity::Loading, Some(rank)) => return format!("waiting for rank {rank} to connect"),
+        (Activity::Loading, Some(number)) => return format!("waiting for {} to connect", rank(number)),
         (Activity::Computing, None) => "computing".into(),
-        (Activity::Computing, Some(rank)) => format!("waiting for rank {rank} in"),
+        (Activity::Computing, Some(number)) => format!("waiting for {} in", rank(number)),
     };
     progress.step.map_or(what.clone(), |step| format!("{what} step {step}"))
 }
 
 fn incident(incident: &incidents::Incident) -> Incident {
-    let loss = |(loss, _): &(crate::group::Loss, Duration)| Loss {
+    let loss = |(loss, _): &(groups::Loss, Duration)| Loss {
         cause: loss.cause.clone(),
         worker: loss.member.as_ref().map(|(_, worker)| worker.id.0),
-        rank: loss.member.as_ref().map(|(rank, _)| *rank as u32),
+        stage: loss.member.as_ref().map(|(place, _)| place.stage as u32),
+        rank: loss.member.as_ref().map(|(place, _)| place.rank as u32),
         address: loss.member.as_ref().map_or_else(String::new, |(_, worker)| worker.address.clone()),
     };
     let first = incident.losses.first().map(|(loss, _)| loss);
@@ -119,6 +131,8 @@ fn incident(incident: &incidents::Incident) -> Incident {
         form_micros: incident.form.map(micros),
         load_micros: incident.load.map(micros),
         recompute_micros: incident.recompute.map(micros),
+        group: first.map_or(0, |loss| loss.group),
+        moved_requests: u32::try_from(incident.moved).unwrap_or(u32::MAX),
     }
 }
 
@@ -193,11 +207,14 @@ mod tests {
     #[test]
     fn what_a_worker_does_is_said_in_words() {
         let progress = Progress { step: Some(StepId(12)), ..Progress::default() };
-        assert_eq!(activity(&progress), "idle");
+        assert_eq!(activity(&progress, None), "idle");
         let computing = Progress { activity: Activity::Computing, ..progress };
-        assert_eq!(activity(&computing), "computing step 12");
-        assert_eq!(activity(&Progress { waits_for: Some(1), ..computing }), "waiting for rank 1 in step 12");
+        assert_eq!(activity(&computing, None), "computing step 12");
+        assert_eq!(
+            activity(&Progress { waits_for: Some(1), ..computing }, None),
+            "waiting for rank 1 in step 12"
+        );
         let loading = Progress { activity: Activity::Loading, waits_for: Some(0), ..progress };
-        assert_eq!(activity(&loading), "waiting for rank 0 to connect");
+        assert_eq!(activity(&loading, None), "waiting for rank 0 to connect");
     }
 }

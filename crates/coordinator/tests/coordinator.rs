@@ -181,15 +181,15 @@ async fn another_protocol_is_refused_naming_both() {
 }
 
 #[tokio::test]
-async fn another_fingerprint_is_refused_by_name() {
+async fn another_model_is_refused_by_name() {
     let cluster = Cluster::start(2).await;
     let _first = cluster.fake(1).start(cluster.address);
     cluster.until(|state| *state == waiting(1, 2)).await;
     let mut other = cluster.fake(2);
-    other.report.fingerprint = "fake-bf16".into();
+    other.report.units = 8;
     let end = other.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::FailedPrecondition);
-    assert_eq!(end.message(), "worker at 127.0.0.1:2 serves fingerprint fake-bf16, the group fake-f32");
+    assert_eq!(end.message(), "worker at 127.0.0.1:2 serves units 8, the group 4");
 }
 
 #[tokio::test]

@@ -19,6 +19,7 @@ use crate::config::SchedulerConfig;
 use crate::sequence::{Running, Sequence};
 use crate::{Epoch, Event, Request, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan};
 
+mod handover;
 mod spread;
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,13 @@ impl Sequence {
         }
     }
 
+    /// The request that goes on with it.
+    pub(crate) fn into_request(self) -> Request {
+        let Self { mut tokens, sampling, prompt_tokens, max_tokens, stop_ids, .. } = self;
+        let resume = Some(tokens.split_off(prompt_tokens));
+        Request { prompt: tokens, max_tokens, sampling, stop_ids, resume }
+    }
+
     /// Fits the rest of the answer to other limits; fails if they leave no room for it.
     pub(crate) fn refit(&mut self, config: &SchedulerConfig) -> Result<(), AdmitError> {
         let generated = self.generated();

@@ -23,6 +23,8 @@ use crate::tokenizer::Tokenizer;
 #[derive(Debug)]
 pub struct Answer {
     tokenizer: Option<Arc<Tokenizer>>,
+    /// What the stream opened with.
+    started: proto::Started,
     /// Gone once the answer is over, and not there before it is submitted.
     submission: Option<Submission>,
     /// Responses that the client has not read.
@@ -46,8 +48,9 @@ impl Answer {
         let span = tracing::info_span!("answer", request = started.request_id, prompt_tokens);
         Self {
             tokenizer,
+            ready: VecDeque::from([Event::Started(started.clone())]),
+            started,
             submission: None,
-            ready: VecDeque::from([Event::Started(started)]),
             detokenizer: Detokenizer::default(),
             stop,
             stop_ids,
@@ -83,13 +86,33 @@ impl Answer {
 
     /// Goes on with what the engine generates.
     pub(crate) fn follow(&mut self, submission: Submission) {
+        if submission.fingerprint != self.started.fingerprint {
+            // What it opens with was written before a group was chosen.
+            self.ready.clear();
+            let resumed_tokens = self.started.resumed_tokens;
+            let previous = self.started.previous_fingerprint.take();
+            let previous =
+                previous.or_else(|| (resumed_tokens > 0).then(|| self.started.fingerprint.clone()));
+            self.go_on_under(submission.fingerprint.clone(), previous, resumed_tokens);
+        }
         self.submission = Some(submission);
+    }
+
+    fn go_on_under(&mut self, fingerprint: String, previous: Option<String>, resumed_tokens: u32) {
+        self.started.previous_fingerprint = previous.filter(|previous| *previous != fingerprint);
+        (self.started.fingerprint, self.started.resumed_tokens) = (fingerprint, resumed_tokens);
+        self.ready.push_back(Event::Started(self.started.clone()));
     }
 
     fn take(&mut self, event: Option<EngineEvent>) -> Result<(), Status> {
         match event {
             Some(EngineEvent::Token { id, logprob }) => {
                 self.token(id, logprob);
+                Ok(())
+            }
+            Some(EngineEvent::Moved { fingerprint }) => {
+                let previous = Some(self.started.fingerprint.clone());
+                self.go_on_under(fingerprint, previous, self.usage.completion_tokens);
                 Ok(())
             }
             Some(EngineEvent::Finished { reason, usage }) => {

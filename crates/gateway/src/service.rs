@@ -101,14 +101,15 @@ impl Generation for GenerationService {
         let started = started(&model, &options, &prompt);
         let stop = StopFilter::new(&options.stop);
         let mut answer = Answer::new(self.tokenizer.clone(), started, stop, stop_ids.clone());
-        let mut tokens = options.resume.map(|resume| resume.tokens);
+        let (mut tokens, fingerprint) =
+            options.resume.map(|resume| (resume.tokens, resume.fingerprint)).unzip();
         if let Some(tokens) = &mut tokens {
             answer = replay(answer, tokens, max_tokens).await?;
         }
         if !answer.is_over() {
             let sampling = options.sampling;
             let request = engine::Request { prompt, max_tokens, sampling, stop_ids, resume: tokens };
-            answer.follow(self.engine.submit(request).await.map_err(engine_status)?);
+            answer.follow(self.engine.submit_under(request, fingerprint).await.map_err(engine_status)?);
         }
         Ok(Response::new(answer))
     }

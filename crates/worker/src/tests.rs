@@ -13,7 +13,7 @@ use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
-    Challenge, CoordinatorMessage, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
+    Challenge, CoordinatorMessage, OperatorMessage, OperatorReply, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
 };
 use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{
@@ -144,6 +144,7 @@ struct Hand {
 
 #[tonic::async_trait]
 impl Cluster for Hand {
+    type OperateStream = ReceiverStream<Result<OperatorReply, Status>>;
     type JoinStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
     type StepsStream = ReceiverStream<Result<StepFrame, Status>>;
 
@@ -163,6 +164,13 @@ impl Cluster for Hand {
         let (down, frames) = mpsc::channel(16);
         self.steps.send(Wire { up: request.into_inner(), down }).await.expect("the test runs");
         Ok(Response::new(ReceiverStream::new(frames)))
+    }
+
+    async fn operate(
+        &self,
+        _: Request<Streaming<OperatorMessage>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        Err(Status::unimplemented("this is about workers"))
     }
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct Fake {
     pub(crate) steps_in_flight: u32,
     /// In the first epoch, steps from this one on are not answered.
     pub(crate) hold_from: Option<u64>,
+    /// Not only in the first epoch of its coordinator.
+    pub(crate) holds_always: bool,
     /// In the first epoch, it hangs in this step and all later ones; other ranks wait for it.
     pub(crate) hangs: Option<(usize, u64)>,
     /// In the first epoch, it says at this step that it lost that rank.
@@ -121,6 +123,7 @@ impl Fake {
             load_failure: None,
             steps_in_flight: 1,
             hold_from: None,
+            holds_always: false,
             hangs: None,
             accuses: None,
             distort: 0,
@@ -245,7 +248,8 @@ impl Member {
         }
         self.progress.step = Some(plan.step);
         let tokens: Vec<_> = plan.slices.iter().filter_map(|slice| self.run(slice)).collect();
-        let held = self.fake.hold_from.is_some_and(|step| plan.epoch.counter == 1 && plan.step.0 >= step);
+        let holds = plan.epoch.counter == 1 || self.fake.holds_always;
+        let held = self.fake.hold_from.is_some_and(|step| holds && plan.step.0 >= step);
         let (0, false, Some((outputs, _))) = (self.rank, held, &self.steps) else { return };
         if self.fake.stale_outputs {
             let epoch = Epoch { counter: plan.epoch.counter - 1, ..plan.epoch };

@@ -37,12 +37,18 @@ impl Engine for FakeEngine {
         Ok(ClusterStatus { serving: true, state: model.name, ..ClusterStatus::default() })
     }
 
-    async fn submit(&self, request: Request) -> Result<Submission, EngineError> {
+    async fn submit_under(
+        &self,
+        request: Request,
+        fingerprint: Option<String>,
+    ) -> Result<Submission, EngineError> {
         let (sender, events) = mpsc::unbounded_channel();
         self.submitted
             .send((request, sender))
             .map_err(|_| EngineError::Unavailable("test is over".into()))?;
-        Ok(Submission { events })
+        // Whatever an answer began under is served.
+        let fingerprint = fingerprint.map_or_else(|| Ok(self.model()?.fingerprint), Ok)?;
+        Ok(Submission { events, fingerprint })
     }
 }
 
@@ -132,6 +138,7 @@ pub(crate) fn model() -> ModelInfo {
         max_context: 100,
         eos: vec![2],
         ranks: 4,
+        groups: 1,
         fingerprint: "nano/bf16".into(),
     }
 }
