@@ -60,6 +60,8 @@ pub struct Load {
     pub running: usize,
     /// Sequences without.
     pub waiting: usize,
+    /// Tokens of both that are known and not computed yet. Those that wait may find a part of theirs cached.
+    pub pending_rows: usize,
     /// Blocks that nobody holds, without anything of use.
     pub free_blocks: usize,
     /// Blocks that nobody holds, with a prefix that may come again. They are as good as free.
@@ -220,9 +222,12 @@ impl Scheduler {
 
     /// How much is going on.
     pub fn load(&self) -> Load {
+        let running = self.running.iter().map(Running::pending);
+        let waiting = self.waiting.iter().map(|sequence| sequence.tokens.len());
         Load {
             running: self.running.len(),
             waiting: self.waiting.len(),
+            pending_rows: running.chain(waiting).sum(),
             free_blocks: self.pool.free(),
             cached_blocks: self.pool.cached(),
             blocks: self.pool.total(),

@@ -17,6 +17,8 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) sampling: SamplingParams,
     prompt_tokens: usize,
+    /// Tokens of the prompt that were found computed whenever it began, so far.
+    cached_tokens: usize,
     max_tokens: u32,
     stop_ids: Vec<u32>,
 }
@@ -27,6 +29,7 @@ impl Sequence {
         Self {
             id,
             prompt_tokens: request.prompt.len(),
+            cached_tokens: request.prompt.len(),
             tokens: [request.prompt.as_slice(), request.answered()].concat(),
             sampling: request.sampling,
             max_tokens,
@@ -54,7 +57,11 @@ impl Sequence {
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: self.generated() }
+        Usage {
+            prompt_tokens: self.prompt_tokens as u32,
+            completion_tokens: self.generated(),
+            cached_tokens: self.cached_tokens as u32,
+        }
     }
 
     /// Whether another token is to be generated after `more` that are on their way, should none of them end it.
@@ -95,8 +102,9 @@ struct Flight {
 
 impl Running {
     /// Begins with the tokens that are computed already, in blocks that it shares.
-    pub(crate) fn new(sequence: Sequence, slot: SlotId, pool: &mut BlockPool) -> Self {
+    pub(crate) fn new(mut sequence: Sequence, slot: SlotId, pool: &mut BlockPool) -> Self {
         let (table, computed) = pool.begin(&sequence.tokens);
+        sequence.cached_tokens = sequence.cached_tokens.min(computed);
         Self { sequence, slot, table, computed, planned: computed, flights: VecDeque::new(), ended: false }
     }
 
@@ -110,6 +118,11 @@ impl Running {
     pub(crate) fn end(self, pool: &mut BlockPool) -> (Sequence, SlotId) {
         pool.give_back(self.table, known(&self.sequence, self.computed));
         (self.sequence, self.slot)
+    }
+
+    /// Tokens that are known and not computed yet.
+    pub(crate) fn pending(&self) -> usize {
+        if self.ended { 0 } else { self.sequence.tokens.len() - self.computed }
     }
 
     /// Tokens that can be planned: those that are known or being sampled, as far as the answer needs them computed.

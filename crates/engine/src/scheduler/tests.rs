@@ -103,8 +103,8 @@ proptest! {
             prop_assert!(steps <= 80 * alone, "no progress");
         }
         prop_assert_eq!(world.live().count(), 0);
-        let Load { running, waiting, free_blocks, cached_blocks, blocks } = world.scheduler.load();
-        prop_assert_eq!((running, waiting), (0, 0));
+        let Load { running, waiting, pending_rows, free_blocks, cached_blocks, blocks } = world.scheduler.load();
+        prop_assert_eq!((running, waiting, pending_rows), (0, 0, 0));
         prop_assert_eq!(free_blocks + cached_blocks, blocks);
     }
 }
@@ -165,7 +165,7 @@ fn the_youngest_makes_room_and_comes_back() {
     }
     world.apply();
     assert_eq!(shape(&mut world), [(0, 8, 1)], "the fifth block is not there");
-    let load = Load { running: 1, waiting: 1, free_blocks: 0, cached_blocks: 1, blocks: 4 };
+    let load = Load { running: 1, waiting: 1, pending_rows: 10, free_blocks: 0, cached_blocks: 1, blocks: 4 };
     assert_eq!(world.scheduler.load(), load);
     while world.clients[&SeqId(0)].tokens.len() < 13 {
         world.apply();
@@ -257,7 +257,8 @@ fn what_is_computed_in_vain_keeps_its_place_until_it_ends() {
         world.apply();
         assert_eq!(world.clients[&SeqId(0)].finished, !cancelled);
         assert!(!world.plan(), "the only slot is in flight");
-        let load = Load { running: 1, waiting: 1, free_blocks: 6, cached_blocks: 0, blocks: 8 };
+        let load =
+            Load { running: 1, waiting: 1, pending_rows: 2, free_blocks: 6, cached_blocks: 0, blocks: 8 };
         assert_eq!(world.scheduler.load(), load);
         world.apply();
         assert_eq!(
@@ -282,7 +283,7 @@ fn nobody_makes_room_in_flight() {
     assert!(!world.plan(), "the fifth block is not there, and who could give it is in flight");
     world.apply();
     assert_eq!(shape(&mut world), [(0, 8, 1)]);
-    let load = Load { running: 1, waiting: 1, free_blocks: 0, cached_blocks: 1, blocks: 4 };
+    let load = Load { running: 1, waiting: 1, pending_rows: 10, free_blocks: 0, cached_blocks: 1, blocks: 4 };
     assert_eq!(world.scheduler.load(), load);
 }
 

@@ -134,6 +134,20 @@ fn a_new_group_has_nothing_cached() {
     assert_eq!(cached(&world, 1), 0, "they were computed again after all");
 }
 
+#[test]
+fn the_load_tells_what_is_still_to_be_computed() {
+    let mut world = World::new(CONFIG);
+    world.submit(request(20, 5));
+    world.submit(request(3, 6));
+    let mut pending = vec![];
+    for _ in 0..5 {
+        pending.push(world.scheduler.load().pending_rows);
+        world.plan();
+        world.apply();
+    }
+    assert_eq!(pending, [23, 15, 7, 2, 2]);
+}
+
 proptest! {
     /// Where there is room, a prompt that was answered before is never computed again, but for its last block.
     #[test]

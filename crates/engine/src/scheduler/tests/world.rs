@@ -243,6 +243,7 @@ impl World {
                     let expected = Usage {
                         prompt_tokens: prompt as u32,
                         completion_tokens: (expected.len() - prompt) as u32,
+                        cached_tokens: client.cached as u32,
                     };
                     assert_eq!(usage, expected);
                 }
