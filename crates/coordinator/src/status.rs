@@ -68,7 +68,8 @@ impl View<'_> {
             term: epoch.term,
             counter: epoch.counter,
             ranks: group.stages.iter().enumerate().flat_map(ranks).collect(),
-            kv_blocks_used: load.map_or(0, |load| (load.blocks - load.free_blocks) as u32),
+            kv_blocks_used: load
+                .map_or(0, |load| (load.blocks - load.free_blocks - load.cached_blocks) as u32),
             kv_blocks: load.map_or(0, |load| load.blocks as u32),
             kv_block_tokens: group.report.block_size,
             tokens_per_second,

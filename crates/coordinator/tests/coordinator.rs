@@ -133,7 +133,7 @@ async fn usage_counts_both_sides() {
     cluster.serving().await;
     let mut submission = cluster.submit(PROMPT, 1).await;
     token(&mut submission).await;
-    let usage = Usage { prompt_tokens: 5, completion_tokens: 1 };
+    let usage = Usage { prompt_tokens: 5, completion_tokens: 1, cached_tokens: 0 };
     let finished = EngineEvent::Finished { reason: FinishReason::Length, usage };
     assert_eq!(submission.events.recv().await, Some(finished));
 }

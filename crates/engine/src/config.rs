@@ -25,7 +25,12 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// Blocks that `tokens` tokens need.
     pub fn blocks_for(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.block_size.max(1) as usize)
+        tokens.div_ceil(self.block_size())
+    }
+
+    /// Tokens of a block, at least 1.
+    pub(crate) fn block_size(&self) -> usize {
+        self.block_size.max(1) as usize
     }
 
     /// Seats of the running batch.

@@ -10,6 +10,7 @@ mod config;
 mod ids;
 mod needs;
 mod plan;
+mod prefix_tree;
 mod request;
 mod scheduler;
 mod sequence;

@@ -59,6 +59,8 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Tokens generated, the stop token included.
     pub completion_tokens: u32,
+    /// Tokens of the prompt that were never computed for it, because other requests had begun with the same.
+    pub cached_tokens: u32,
 }
 
 /// What happened to a sequence in a step.

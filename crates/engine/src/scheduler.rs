@@ -5,6 +5,9 @@
 //! chunk. A sequence takes blocks as it grows. When they run out, the youngest goes back to waiting and is recomputed
 //! later: so the oldest can always go on, and since each request was checked to fit by itself, every request ends.
 //!
+//! A sequence begins behind the longest run of full blocks that an earlier one computed for the same tokens ([`BlockPool::begin`]). A
+//! block is shared only once the step that wrote its last token was applied, and nothing is written into it any more.
+//!
 //! Steps may be planned while earlier ones are in flight: a sequence whose next token is being sampled goes on with it unseen.
 //! What is in flight keeps its blocks. If the youngest is, whoever lacks a block, and all that are younger, sit out until it is not.
 //!
@@ -58,8 +61,12 @@ pub struct Load {
     pub running: usize,
     /// Sequences without.
     pub waiting: usize,
-    /// Blocks that nobody holds.
+    /// Tokens of both that are known and not computed yet. Those that wait may find a part of theirs cached.
+    pub pending_rows: usize,
+    /// Blocks that nobody holds, without anything of use.
     pub free_blocks: usize,
+    /// Blocks that nobody holds, with a prefix that may come again. They are as good as free.
+    pub cached_blocks: usize,
     /// Blocks in all.
     pub blocks: usize,
 }
@@ -91,7 +98,7 @@ impl Scheduler {
             next_step: StepId(0),
             next_output: StepId(0),
             next_seq: SeqId(0),
-            pool: BlockPool::new(config.blocks),
+            pool: BlockPool::new(config.blocks, config.block_size()),
             free_slots: slots(&config),
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -172,6 +179,7 @@ impl Scheduler {
             if running.ended && !running.is_in_flight() {
                 self.release(running);
             } else {
+                running.share(&mut self.pool);
                 self.running.push(running);
             }
         }
@@ -179,14 +187,14 @@ impl Scheduler {
     }
 
     /// The group was lost and stands again, in a later epoch and with these limits: everything that ran waits again, in
-    /// its old order, and is recomputed with the tokens that it has. No event is repeated and none is missing.
+    /// its old order, and is recomputed with the tokens that it has. No event is repeated and none is missing. Nothing is cached.
     ///
     /// If the limits may be narrower than before, [`Self::evict_unfit`] belongs behind it.
     pub fn restart(&mut self, config: SchedulerConfig, epoch: Epoch) {
         self.config = config;
         self.epoch = epoch;
         (self.next_step, self.next_output) = (StepId(0), StepId(0));
-        self.pool = BlockPool::new(config.blocks);
+        self.pool = BlockPool::new(config.blocks, config.block_size());
         self.free_slots = slots(&config);
         for running in self.running.drain(..).rev().filter(|running| !running.ended) {
             self.waiting.push_front(running.sequence);
@@ -208,12 +216,21 @@ impl Scheduler {
         evicted
     }
 
+    /// How many of a prompt's tokens would not have to be computed, if it came now.
+    pub fn cached_prefix(&self, tokens: &[u32]) -> usize {
+        self.pool.cached_prefix(tokens)
+    }
+
     /// How much is going on.
     pub fn load(&self) -> Load {
+        let running = self.running.iter().map(Running::pending);
+        let waiting = self.waiting.iter().map(|sequence| sequence.tokens.len());
         Load {
             running: self.running.len(),
             waiting: self.waiting.len(),
+            pending_rows: running.chain(waiting).sum(),
             free_blocks: self.pool.free(),
+            cached_blocks: self.pool.cached(),
             blocks: self.pool.total(),
         }
     }
@@ -248,23 +265,25 @@ impl Scheduler {
     }
 
     /// Gives the oldest waiting sequence a slot, if one is free and there are blocks for all the tokens that it has;
-    /// returns its place among the running. Whoever was preempted in this step finds too few: its blocks were needed.
+    /// returns its place among the running. Whoever was preempted in this step finds too few, for its blocks were needed, unless it now
+    /// shares what it had computed beside others.
     fn join(&mut self) -> Option<usize> {
-        let tokens = self.waiting.front()?.tokens.len();
-        if self.config.blocks_for(tokens) > self.pool.free() {
+        if self.free_slots.is_empty()
+            || self.pool.needed(&self.waiting.front()?.tokens) > self.pool.available()
+        {
             return None;
         }
         let slot = self.free_slots.pop()?;
         let sequence = self.waiting.pop_front()?;
-        self.running.push(Running::new(sequence, slot));
+        self.running.push(Running::new(sequence, slot, &mut self.pool));
         Some(self.running.len() - 1)
     }
 
     /// Takes back blocks and slot.
     fn release(&mut self, running: Running) -> Sequence {
-        self.pool.give_back(running.table);
-        self.free_slots.push(running.slot);
-        running.sequence
+        let (sequence, slot) = running.end(&mut self.pool);
+        self.free_slots.push(slot);
+        sequence
     }
 
     /// Steps that were planned and not applied yet.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::admission::{AdmitError, room};
-use crate::block_pool::BlockTable;
+use crate::block_pool::{BlockPool, BlockTable};
 use crate::config::SchedulerConfig;
 use crate::{
     FinishReason, Request, Sampling, SamplingParams, SeqId, SeqSlice, SlotId, StepId, Tokens, Usage,
@@ -17,6 +17,8 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) sampling: SamplingParams,
     prompt_tokens: usize,
+    /// Tokens of the prompt that were found computed whenever it began, so far.
+    cached_tokens: usize,
     max_tokens: u32,
     stop_ids: Vec<u32>,
 }
@@ -27,6 +29,7 @@ impl Sequence {
         Self {
             id,
             prompt_tokens: request.prompt.len(),
+            cached_tokens: request.prompt.len(),
             tokens: [request.prompt.as_slice(), request.answered()].concat(),
             sampling: request.sampling,
             max_tokens,
@@ -61,7 +64,11 @@ impl Sequence {
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: self.generated() }
+        Usage {
+            prompt_tokens: self.prompt_tokens as u32,
+            completion_tokens: self.generated(),
+            cached_tokens: self.cached_tokens as u32,
+        }
     }
 
     /// Whether another token is to be generated after `more` that are on their way, should none of them end it.
@@ -80,6 +87,8 @@ pub(crate) struct Running {
     pub(crate) sequence: Sequence,
     pub(crate) slot: SlotId,
     pub(crate) table: BlockTable,
+    /// Leading tokens whose keys and values are in the blocks, written by steps that were applied.
+    computed: usize,
     /// Leading tokens whose keys and values are in the blocks when all steps in flight have run.
     planned: usize,
     /// The steps in flight that it is part of, oldest first.
@@ -92,14 +101,35 @@ pub(crate) struct Running {
 #[derive(Debug, Clone, Copy)]
 struct Flight {
     step: StepId,
+    /// Leading tokens that are computed when the step has run.
+    end: usize,
     /// The step yields its next token.
     samples: bool,
 }
 
 impl Running {
-    pub(crate) fn new(sequence: Sequence, slot: SlotId) -> Self {
-        let (table, flights) = (BlockTable::default(), VecDeque::new());
-        Self { sequence, slot, table, planned: 0, flights, ended: false }
+    /// Begins with the tokens that are computed already, in blocks that it shares.
+    pub(crate) fn new(mut sequence: Sequence, slot: SlotId, pool: &mut BlockPool) -> Self {
+        let (table, computed) = pool.begin(&sequence.tokens);
+        sequence.cached_tokens = sequence.cached_tokens.min(computed);
+        Self { sequence, slot, table, computed, planned: computed, flights: VecDeque::new(), ended: false }
+    }
+
+    /// Lets others share what is computed.
+    pub(crate) fn share(&mut self, pool: &mut BlockPool) {
+        let in_flight = self.is_in_flight();
+        pool.share(&mut self.table, known(&self.sequence, self.computed), in_flight);
+    }
+
+    /// Gives back all blocks. No step in flight may have it.
+    pub(crate) fn end(self, pool: &mut BlockPool) -> (Sequence, SlotId) {
+        pool.give_back(self.table, known(&self.sequence, self.computed));
+        (self.sequence, self.slot)
+    }
+
+    /// Tokens that are known and not computed yet.
+    pub(crate) fn pending(&self) -> usize {
+        if self.ended { 0 } else { self.sequence.tokens.len() - self.computed }
     }
 
     /// Tokens that can be planned: those that are known or being sampled, as far as the answer needs them computed.
@@ -126,7 +156,7 @@ impl Running {
             None => Tokens::LastSampled,
         };
         self.planned = end;
-        self.flights.push_back(Flight { step, samples });
+        self.flights.push_back(Flight { step, end, samples });
         SeqSlice {
             seq: self.sequence.id,
             slot: self.slot,
@@ -144,7 +174,9 @@ impl Running {
 
     /// `step`, the oldest in flight, has run.
     pub(crate) fn arrive(&mut self, step: StepId) {
-        self.flights.pop_front_if(|flight| flight.step == step);
+        if let Some(flight) = self.flights.pop_front_if(|flight| flight.step == step) {
+            self.computed = flight.end;
+        }
     }
 
     /// Whether a step in flight has it.
@@ -156,4 +188,9 @@ impl Running {
     pub(crate) fn sampling(&self) -> usize {
         self.flights.iter().filter(|flight| flight.samples).count()
     }
+}
+
+/// The first `computed` tokens, but for those that a sequence was never told because it ended before.
+fn known(sequence: &Sequence, computed: usize) -> &[u32] {
+    &sequence.tokens[..computed.min(sequence.tokens.len())]
 }

@@ -54,7 +54,7 @@ impl Answer {
             detokenizer: Detokenizer::default(),
             stop,
             stop_ids,
-            usage: Usage { prompt_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens, ..Usage::default() },
             span,
         }
     }

@@ -2,7 +2,7 @@
 
 use super::Scheduler;
 use crate::config::SchedulerConfig;
-use crate::sequence::Running;
+use crate::sequence::{Running, Sequence};
 
 impl Scheduler {
     /// Sequences that the next step may take. In a pipeline they are no more than one stage's part of all that are active, so that
@@ -21,14 +21,13 @@ impl Scheduler {
 
     /// Waiting sequences for which there are slots and blocks at the moment.
     fn newcomers(&self) -> usize {
-        let mut blocks = self.pool.free();
-        let fits = |tokens: usize| {
-            let rest = blocks.checked_sub(self.config.blocks_for(tokens));
+        let mut blocks = self.pool.available();
+        let fits = |sequence: &Sequence| {
+            let rest = blocks.checked_sub(self.pool.needed(&sequence.tokens));
             blocks = rest.unwrap_or(0);
             rest.is_some()
         };
-        let waiting = self.waiting.iter().take(self.free_slots.len()).map(|sequence| sequence.tokens.len());
-        waiting.map(fits).take_while(|fits| *fits).count()
+        self.waiting.iter().take(self.free_slots.len()).map(fits).take_while(|fits| *fits).count()
     }
 }
 

@@ -1,6 +1,8 @@
 //! The rules of the scheduler under random workloads, and by example.
 
 mod pipeline;
+mod prefixes;
+mod rank;
 mod world;
 
 use proptest::prelude::*;
@@ -13,6 +15,8 @@ use world::{VOCABULARY, World};
 enum Action {
     Submit(Request),
     Resume(Request, usize),
+    /// The next turn of a conversation: its prompt is what there is of an earlier one, and more.
+    Continue(Request, usize),
     Cancel(usize),
     Plan,
     Apply,
@@ -20,9 +24,16 @@ enum Action {
     Restart(u32, u32),
 }
 
+/// Many begin with the same tokens, and some have the same answers.
 fn requests() -> impl Strategy<Value = Request> {
-    let prompt = prop::collection::vec(0..VOCABULARY, 1..40);
-    (prompt, 1u32..30, any::<u64>(), prop::collection::vec(0..VOCABULARY, 0..2)).prop_map(
+    let tokens = |most| prop::collection::vec(0..VOCABULARY, 1..most);
+    let alike = (0u32..3, 0usize..40, tokens(4)).prop_map(|(prefix, length, rest)| {
+        [(0..VOCABULARY).map(|id| id * (id + prefix) % VOCABULARY).cycle().take(length).collect(), rest]
+            .concat()
+    });
+    let prompt = prop_oneof![1 => tokens(40), 3 => alike];
+    let seed = prop_oneof![any::<u64>(), 0u64..2];
+    (prompt, 1u32..30, seed, prop::collection::vec(0..VOCABULARY, 0..2)).prop_map(
         |(prompt, max_tokens, seed, stop_ids)| Request {
             prompt,
             max_tokens,
@@ -37,6 +48,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
     let action = prop_oneof![
         6 => requests().prop_map(Action::Submit),
         2 => (requests(), any::<usize>()).prop_map(|(request, answered)| Action::Resume(request, answered)),
+        2 => (requests(), any::<usize>()).prop_map(|(request, turn)| Action::Continue(request, turn)),
         2 => any::<usize>().prop_map(Action::Cancel),
         20 => Just(Action::Plan),
         20 => Just(Action::Apply),
@@ -73,6 +85,7 @@ proptest! {
             match action {
                 Action::Submit(request) => world.submit(request),
                 Action::Resume(request, answered) => world.resume(request, answered),
+                Action::Continue(request, turn) => world.submit_after(turn, request),
                 Action::Cancel(index) => world.cancel(index),
                 Action::Plan => drop(world.plan()),
                 Action::Apply => drop(world.apply()),
@@ -90,8 +103,9 @@ proptest! {
             prop_assert!(steps <= 80 * alone, "no progress");
         }
         prop_assert_eq!(world.live().count(), 0);
-        let Load { running, waiting, free_blocks, blocks } = world.scheduler.load();
-        prop_assert_eq!((running, waiting, free_blocks), (0, 0, blocks));
+        let Load { running, waiting, pending_rows, free_blocks, cached_blocks, blocks } = world.scheduler.load();
+        prop_assert_eq!((running, waiting, pending_rows), (0, 0, 0));
+        prop_assert_eq!(free_blocks + cached_blocks, blocks);
     }
 }
 
@@ -106,9 +120,10 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
     stages: 1,
 };
 
+/// The prompts of answers of different lengths have nothing in common.
 fn request(prompt: usize, max_tokens: u32) -> Request {
     Request {
-        prompt: vec![1; prompt],
+        prompt: vec![max_tokens % VOCABULARY; prompt],
         max_tokens,
         sampling: SamplingParams::GREEDY,
         stop_ids: vec![],
@@ -150,12 +165,18 @@ fn the_youngest_makes_room_and_comes_back() {
     }
     world.apply();
     assert_eq!(shape(&mut world), [(0, 8, 1)], "the fifth block is not there");
-    assert_eq!(world.scheduler.load(), Load { running: 1, waiting: 1, free_blocks: 1, blocks: 4 });
+    let load = Load { running: 1, waiting: 1, pending_rows: 10, free_blocks: 0, cached_blocks: 1, blocks: 4 };
+    assert_eq!(world.scheduler.load(), load);
     while world.clients[&SeqId(0)].tokens.len() < 13 {
         world.apply();
         world.plan();
     }
-    assert_eq!(world.in_flight[0].plan.slices[0].tokens.len(), 8, "recomputed, as far as rows go");
+    let slice = &world.in_flight[0].plan.slices[0];
+    assert_eq!(
+        (slice.start, slice.tokens.len()),
+        (4, 5),
+        "recomputed, but for the block that is there still"
+    );
 }
 
 #[test]
@@ -236,7 +257,9 @@ fn what_is_computed_in_vain_keeps_its_place_until_it_ends() {
         world.apply();
         assert_eq!(world.clients[&SeqId(0)].finished, !cancelled);
         assert!(!world.plan(), "the only slot is in flight");
-        assert_eq!(world.scheduler.load(), Load { running: 1, waiting: 1, free_blocks: 6, blocks: 8 });
+        let load =
+            Load { running: 1, waiting: 1, pending_rows: 2, free_blocks: 6, cached_blocks: 0, blocks: 8 };
+        assert_eq!(world.scheduler.load(), load);
         world.apply();
         assert_eq!(
             world.clients[&SeqId(0)].tokens.len(),
@@ -260,7 +283,8 @@ fn nobody_makes_room_in_flight() {
     assert!(!world.plan(), "the fifth block is not there, and who could give it is in flight");
     world.apply();
     assert_eq!(shape(&mut world), [(0, 8, 1)]);
-    assert_eq!(world.scheduler.load(), Load { running: 1, waiting: 1, free_blocks: 1, blocks: 4 });
+    let load = Load { running: 1, waiting: 1, pending_rows: 10, free_blocks: 0, cached_blocks: 1, blocks: 4 };
+    assert_eq!(world.scheduler.load(), load);
 }
 
 #[test]

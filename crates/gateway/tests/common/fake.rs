@@ -148,5 +148,6 @@ pub(crate) fn token(id: u32) -> EngineEvent {
 }
 
 pub(crate) fn finished(reason: FinishReason, prompt_tokens: u32, completion_tokens: u32) -> EngineEvent {
-    EngineEvent::Finished { reason, usage: Usage { prompt_tokens, completion_tokens } }
+    let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0 };
+    EngineEvent::Finished { reason, usage }
 }

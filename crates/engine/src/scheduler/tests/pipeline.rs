@@ -42,7 +42,7 @@ fn the_chunks_of_a_prompt_follow_each_other_and_answers_interleave() {
     assert_eq!([shape(&mut world), shape(&mut world)], [[(0, 0, 8)], [(0, 8, 8)]]);
     world.apply();
     assert_eq!(shape(&mut world), [(0, 16, 8)]);
-    world.submit(request(24, 3));
+    world.submit(request(24, 4));
     world.apply();
     assert_eq!(shape(&mut world), [(1, 0, 8)], "the first one's token is being sampled");
     world.apply();

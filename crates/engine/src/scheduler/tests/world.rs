@@ -1,21 +1,14 @@
-//! A scheduler with everything around it: clients that know their answers, and an executor that notices every wrong position,
+//! A scheduler with everything around it: clients that know their answers, and a rank that notices every wrong position,
 //! block or token.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::super::*;
+use super::rank::{Rank, next_token};
 use crate::sequence::Running;
 use crate::{BlockId, FinishReason, Tokens, Usage};
 
 pub(super) const VOCABULARY: u32 = 13;
-
-/// What a model without flaw would say: a hash of all tokens so far and of the seed.
-fn next_token(tokens: &[u32], seed: u64) -> u32 {
-    let hash = tokens.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, &token| {
-        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
-    });
-    (hash % u64::from(VOCABULARY)) as u32
-}
 
 /// Tokens that a request has at the end, if it meets no stop id.
 fn limit(request: &Request, max_context: u32) -> usize {
@@ -38,58 +31,13 @@ fn undisturbed(request: &Request, max_context: u32) -> (Vec<u32>, FinishReason) 
     }
 }
 
-/// A rank of one epoch.
-#[derive(Default)]
-struct Executor {
-    /// Which token of which position of which sequence was put where.
-    cells: BTreeMap<(BlockId, u32), (SeqId, u32, u32)>,
-    /// What was last sampled for a slot: whose, at which position, and what.
-    last_sampled: BTreeMap<SlotId, (SeqId, u32, u32)>,
-}
-
-impl Executor {
-    /// Writes the slices' tokens, then samples from nothing but what the block tables lead to.
-    fn run(&mut self, plan: &StepPlan, block_size: u32) -> StepOutput {
-        let cell = |slice: &SeqSlice, position: u32| {
-            (slice.blocks[(position / block_size) as usize], position % block_size)
-        };
-        for slice in &plan.slices {
-            let ids = match &slice.tokens {
-                Tokens::Ids(ids) => ids.clone(),
-                Tokens::LastSampled => {
-                    let (seq, position, id) = self.last_sampled[&slice.slot];
-                    assert_eq!((seq, position), (slice.seq, slice.start), "somebody else's token");
-                    vec![id]
-                }
-            };
-            for (position, token) in (slice.start..).zip(ids) {
-                self.cells.insert(cell(slice, position), (slice.seq, position, token));
-            }
-        }
-        let mut tokens = Vec::new();
-        for (slice, sampling) in plan.slices.iter().filter_map(|slice| Some((slice, slice.sampling?))) {
-            let end = slice.start + slice.tokens.len() as u32;
-            assert_eq!(sampling.position, end);
-            let prefix = (0..end).map(|position| {
-                let (seq, stored, token) = self.cells[&cell(slice, position)];
-                assert_eq!((seq, stored), (slice.seq, position), "somebody else's block");
-                token
-            });
-            let id = next_token(&prefix.collect::<Vec<_>>(), sampling.params.seed);
-            if plan.keep_sampled {
-                self.last_sampled.insert(slice.slot, (slice.seq, end, id));
-            }
-            tokens.push(SampledToken { seq: slice.seq, id, logprob: -(end as f32) });
-        }
-        StepOutput { epoch: plan.epoch, step: plan.step, tokens }
-    }
-}
-
 /// What a client saw of its request.
 pub(super) struct Client {
     pub(super) request: Request,
     pub(super) tokens: Vec<u32>,
     pub(super) finished: bool,
+    /// Where the first slice of it started, wherever that was lowest: all in front of it came from others.
+    pub(super) cached: usize,
     /// It wants no more.
     gone: bool,
 }
@@ -103,7 +51,7 @@ pub(super) struct Flight {
 /// Checks the rules after every action.
 pub(super) struct World {
     pub(super) scheduler: Scheduler,
-    executor: Executor,
+    rank: Rank,
     /// Oldest first.
     pub(super) in_flight: VecDeque<Flight>,
     pub(super) clients: BTreeMap<SeqId, Client>,
@@ -117,7 +65,7 @@ impl World {
     pub(super) fn new(config: SchedulerConfig) -> Self {
         Self {
             scheduler: Scheduler::new(config, Epoch { term: 1, counter: 0 }),
-            executor: Executor::default(),
+            rank: Rank::default(),
             in_flight: VecDeque::new(),
             clients: BTreeMap::new(),
             planned: BTreeMap::new(),
@@ -128,7 +76,8 @@ impl World {
     pub(super) fn submit(&mut self, request: Request) {
         if let Ok(seq) = self.scheduler.submit(request.clone()) {
             let tokens = [request.prompt.as_slice(), request.answered()].concat();
-            let client = Client { tokens, request, finished: false, gone: false };
+            let cached = request.prompt.len();
+            let client = Client { tokens, request, finished: false, cached, gone: false };
             assert!(self.clients.insert(seq, client).is_none(), "an id was used twice");
         }
     }
@@ -140,6 +89,15 @@ impl World {
             let (tokens, _) = undisturbed(&request, max_context);
             let answer = &tokens[request.prompt.len()..];
             request.resume = Some(answer[..answered % answer.len()].to_vec());
+        }
+        self.submit(request);
+    }
+
+    /// A request whose prompt goes on with what a client has.
+    pub(super) fn submit_after(&mut self, index: usize, mut request: Request) {
+        if !self.clients.is_empty() {
+            let (_, earlier) = self.clients.iter().nth(index % self.clients.len()).unwrap();
+            request.prompt.splice(0..0, earlier.tokens.iter().copied());
         }
         self.submit(request);
     }
@@ -165,7 +123,8 @@ impl World {
             return false;
         };
         self.check(&plan);
-        let output = self.executor.run(&plan, self.scheduler.config.block_size);
+        let applied = self.in_flight.front().map_or(plan.step, |oldest| oldest.plan.step);
+        let output = self.rank.run(&plan, self.scheduler.config.block_size, applied);
         self.outputs.push(output.clone());
         self.in_flight.push_back(Flight { plan, output });
         true
@@ -185,17 +144,26 @@ impl World {
         assert_eq!(slots.len(), plan.slices.len(), "a slot is used twice");
         assert!(slots.iter().all(|slot| slot.0 < config.max_sequences));
         let blocks: BTreeSet<BlockId> = plan.slices.iter().flat_map(|slice| slice.blocks.clone()).collect();
-        let listed = plan.slices.iter().map(|slice| slice.blocks.len()).sum::<usize>();
-        assert_eq!(blocks.len(), listed, "shared blocks");
         assert!(blocks.iter().all(|block| block.0 < config.blocks));
         assert!(plan.slices.is_sorted_by(|a, b| a.seq < b.seq), "a sequence is planned twice");
+        let flying: BTreeSet<SeqId> =
+            self.in_flight.iter().flat_map(|f| f.plan.slices.iter().map(|slice| slice.seq)).collect();
+        let shared = self.scheduler.pool.holders();
         for slice in &plan.slices {
-            let client = &self.clients[&slice.seq];
+            let client = self.clients.get_mut(&slice.seq).unwrap();
             assert!(!client.gone && !client.finished);
             let (start, end) = (slice.start as usize, slice.start as usize + slice.tokens.len());
+            client.cached = client.cached.min(start);
+            let (before, own) = slice.blocks.split_at(start / config.block_size());
+            let is_shared = |block: &BlockId| shared.contains_key(block);
+            let begins = start.is_multiple_of(config.block_size()) && before.iter().all(is_shared);
             let planned = self.planned.entry(slice.seq).or_default();
-            assert!(slice.start == *planned || slice.start == 0, "a gap or a repetition");
+            assert!(
+                slice.start == *planned || begins && !flying.contains(&slice.seq),
+                "a gap or a repetition"
+            );
             *planned = end as u32;
+            assert!(!own.iter().any(is_shared), "a write into a shared block");
             let sampling = self.in_flight.iter().flat_map(|flight| &flight.output.tokens);
             let coming = client.tokens.len() + sampling.filter(|token| token.seq == slice.seq).count();
             assert!(stages == 1 || coming == client.tokens.len(), "its token is not known yet");
@@ -224,7 +192,7 @@ impl World {
         }
         let Some(out) = running.iter().find(|r| r.remaining() > 0 && !is_planned(r)) else { return };
         let needed = config.blocks_for(out.planned_with(out.remaining().min(idle)));
-        assert!(needed > out.table.blocks().len() + pool.free(), "{out:?} was left out");
+        assert!(needed > out.table.blocks().len() + pool.available(), "{out:?} was left out");
         let youngest = running.last().unwrap();
         assert!(youngest.is_in_flight() && !is_planned(youngest), "it could have made room");
     }
@@ -238,7 +206,7 @@ impl World {
         let Some(out) = running.iter().find(|r| r.remaining() > 0 && r.sampling() == 0) else { return };
         let rows = out.remaining().min(config.max_batch_tokens.max(1) as usize);
         let needed = config.blocks_for(out.planned_with(rows));
-        assert!(needed > out.table.blocks().len() + pool.free(), "{out:?} was left out");
+        assert!(needed > out.table.blocks().len() + pool.available(), "{out:?} was left out");
         assert!(running.last().unwrap().is_in_flight(), "it could have made room");
     }
 
@@ -275,6 +243,7 @@ impl World {
                     let expected = Usage {
                         prompt_tokens: prompt as u32,
                         completion_tokens: (expected.len() - prompt) as u32,
+                        cached_tokens: client.cached as u32,
                     };
                     assert_eq!(usage, expected);
                 }
@@ -324,16 +293,27 @@ impl World {
             assert!(self.scheduler.submit(client.request.clone()).is_err(), "it would have fitted");
             client.gone = true;
         }
-        self.executor = Executor::default();
+        self.rank = Rank::default();
         self.planned.clear();
         self.in_flight.clear();
     }
 
     pub(super) fn check_books(&self) {
         let Scheduler { pool, running, waiting, free_slots, config, .. } = &self.scheduler;
-        let held: Vec<BlockId> = running.iter().flat_map(|r| r.table.blocks().to_vec()).collect();
-        assert_eq!(held.iter().collect::<BTreeSet<_>>().len(), held.len(), "a block is held twice");
-        assert_eq!(pool.free() + held.len(), config.blocks as usize, "blocks are lost");
+        let mut held = BTreeMap::<BlockId, usize>::new();
+        for block in running.iter().flat_map(|r| r.table.blocks()) {
+            *held.entry(*block).or_default() += 1;
+        }
+        let mut shared = pool.holders();
+        let applied = self.in_flight.front().map_or(self.scheduler.next_step, |oldest| oldest.plan.step);
+        for &block in shared.keys() {
+            self.rank.check_shared(block, &pool.prefix(block), config.block_size, applied);
+        }
+        shared.retain(|_, holders| *holders > 0);
+        let by_several = |(block, holders): (&BlockId, &usize)| *holders == 1 || shared.contains_key(block);
+        assert!(held.iter().all(by_several), "held by several and not shared");
+        assert!(shared.iter().all(|(block, holders)| held.get(block) == Some(holders)), "miscounted holders");
+        assert_eq!(pool.free() + pool.cached() + held.len(), config.blocks as usize, "blocks are lost");
         assert_eq!(free_slots.len() + running.len(), config.slots() as usize, "slots are lost");
         let order: Vec<SeqId> =
             running.iter().map(|r| r.sequence.id).chain(waiting.iter().map(|s| s.id)).collect();
