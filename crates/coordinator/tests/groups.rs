@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use auth::Secret;
 use cluster::{Order, Policy, Shape};
-use coordinator::{Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineEvent, State, Submission};
+use coordinator::{
+    Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineEvent, State, Submission,
+};
 use engine::{Request, SamplingParams};
 use fake::{Fake, Running, continuation, report};
 use tokio::net::TcpListener;
@@ -50,8 +52,7 @@ impl Cluster {
 
     /// Waits for so many groups that serve, with so many ranks in all.
     async fn serving(&self, groups: u32, ranks: u32) {
-        let wanted =
-            |state: &State| matches!(state, State::Serving(model) if (model.groups, model.ranks) == (groups, ranks));
+        let wanted = |state: &State| matches!(state, State::Serving(model) if (model.groups, model.ranks) == (groups, ranks));
         self.handle.state().wait_for(wanted).await.expect("the coordinator runs");
     }
 
@@ -166,7 +167,10 @@ async fn operators_drain_and_scale() {
 
     let fixed = |ranks| Some(Shape::Fixed { stages: 1, ranks, min_ranks: ranks });
     let done = cluster.order(Order::Scale { shape: fixed(1), replicas: Some(3) }).await.unwrap();
-    assert!(done.starts_with("asked for: up to 3 groups of 1 stages of 1 ranks; group 0 has 1 ranks"), "{done}");
+    assert!(
+        done.starts_with("asked for: up to 3 groups of 1 stages of 1 ranks; group 0 has 1 ranks"),
+        "{done}"
+    );
     cluster.serving(3, 3).await;
     cluster.order(Order::Scale { shape: fixed(4), replicas: Some(1) }).await.unwrap();
     cluster.serving(1, 4).await;

@@ -13,7 +13,8 @@ use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{
-    Challenge, CoordinatorMessage, OperatorMessage, OperatorReply, Ready, StepFrame, StepReply, Welcome, WorkerMessage, step_reply,
+    Challenge, CoordinatorMessage, OperatorMessage, OperatorReply, Ready, StepFrame, StepReply, Welcome,
+    WorkerMessage, step_reply,
 };
 use cluster::registry::{ClusterName, LEASE, MemoryRegistry, Registry, Transaction};
 use cluster::{

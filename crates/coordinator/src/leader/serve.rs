@@ -145,18 +145,19 @@ impl Leader {
         request: &Request,
         fingerprint: Option<&str>,
     ) -> Result<(&mut Replica, SeqId), Option<AdmitError>> {
+        let tokens = [&request.prompt[..], request.resume.as_deref().unwrap_or_default()].concat();
         let any_stands = self.replicas.keys().any(|number| self.groups.stands(*number));
         let candidates =
             self.replicas.iter().filter(|(number, _)| !any_stands || self.groups.stands(**number));
         let offers = candidates.map(|(number, replica)| {
-            let Load { running, waiting, .. } = replica.load();
+            let Load { running, waiting, pending_rows, .. } = replica.load();
             Offer {
                 group: *number,
                 serving: self.groups.is_serving(*number),
                 same_fingerprint: fingerprint.is_none_or(|fingerprint| fingerprint == replica.fingerprint),
-                pending_rows: 0,
+                pending_rows,
                 requests: running + waiting,
-                own_rows: request.prompt.len(),
+                own_rows: tokens.len() - replica.scheduler.cached_prefix(&tokens),
             }
         });
         let mut placed = Err(None);
