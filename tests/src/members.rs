@@ -1,6 +1,6 @@
 //! A cluster of separate processes: a coordinator, and workers that are told apart by their addresses.
 
-use client::{Client, ClusterStatus, RankStatus};
+use client::{Client, ClusterStatus, GroupStatus, RankStatus};
 use tokio::time::{Instant, sleep};
 
 use crate::link::Place;
@@ -94,6 +94,12 @@ impl Members {
         self.workers[number].as_ref().expect("it runs").pid()
     }
 
+    /// Gives an operator's order, `drain` or `scale` with its arguments, and waits until it is carried out; what came of it.
+    pub fn order(&self, order: &[&str]) -> String {
+        let args = [order, &["--coordinator", &self.join]].concat();
+        self.program.command(args).env("PHALANX_SECRET", SECRET).run().success()
+    }
+
     /// Ends everything well.
     pub fn end(mut self) {
         for number in 0..self.workers.len() {
@@ -149,11 +155,21 @@ pub fn rank_count(status: &ClusterStatus) -> usize {
 
 /// The numbers of the first group's workers, by rank.
 pub fn ranks(status: &ClusterStatus) -> Vec<usize> {
-    let number = |rank: &RankStatus| {
-        let host = &rank.worker.as_ref().expect("a worker").host;
-        host.rsplit_once('.').and_then(|(_, last)| last.parse::<usize>().ok()).expect("an address") - FIRST
-    };
     status.groups.first().map(|group| group.ranks.iter().map(number).collect()).unwrap_or_default()
+}
+
+/// The number of a rank's worker.
+pub fn number(rank: &RankStatus) -> usize {
+    let host = &rank.worker.as_ref().expect("a worker").host;
+    host.rsplit_once('.').and_then(|(_, last)| last.parse::<usize>().ok()).expect("an address") - FIRST
+}
+
+/// Ranks of every stage of every group.
+pub fn shape(status: &ClusterStatus) -> Vec<Vec<usize>> {
+    let stages = |group: &GroupStatus| -> Vec<usize> {
+        group.ranks.chunk_by(|one, next| one.stage == next.stage).map(<[_]>::len).collect()
+    };
+    status.groups.iter().map(stages).collect()
 }
 
 /// The last number of the first worker's address.

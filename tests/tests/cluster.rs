@@ -203,9 +203,10 @@ async fn concurrent_answers_equal_those_of_requests_alone() {
 async fn who_hangs_up_frees_the_place() {
     let (_server, address) = serve(&["--workers", "2", "--kv-memory", &ONE_CONTEXT.to_string()]);
     let client = Client::connect(&address).await.expect("a server");
-    // Two of these do not fit at once, and each would go on for thousands of tokens.
-    let start = || async {
-        let stream = client.generate(request(ids(4200), 3900, SamplingOptions::default())).await;
+    // Two of these do not fit at once, and each would go on for thousands of tokens. They begin differently, so they share no blocks.
+    let client = &client;
+    let start = |number: u32| async move {
+        let stream = client.generate(request(ids(4200 + number), 3900, SamplingOptions::default())).await;
         let mut stream = stream.expect("accepted");
         next_token(&mut stream).await;
         stream
@@ -213,9 +214,9 @@ async fn who_hangs_up_frees_the_place() {
     // A small one gets a token in every step: a clock.
     let clock = request(ids(1), 2000, SamplingOptions::default());
     let mut clock = client.generate(clock).await.expect("accepted");
-    let mut running = start().await;
-    for _ in 0..3 {
-        let mut waiting = Box::pin(start());
+    let mut running = start(0).await;
+    for number in 1..4 {
+        let mut waiting = Box::pin(start(number));
         for _ in 0..10 {
             tokio::select! {
                 biased;
@@ -235,7 +236,7 @@ async fn who_hangs_up_frees_the_place() {
         };
     }
     drop((running, clock));
-    assert_eq!(answer(&client, request(ids(1000), 5, SamplingOptions::default())).await.len(), 7);
+    assert_eq!(answer(client, request(ids(1000), 5, SamplingOptions::default())).await.len(), 7);
 }
 
 #[tokio::test]
