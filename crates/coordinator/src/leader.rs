@@ -16,6 +16,7 @@ use tonic::Status;
 use tracing::{Span, debug, debug_span, info, warn};
 
 use crate::api::{EngineError, ModelInfo, Submission};
+use crate::clock;
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
 use crate::detector::Detector;
@@ -48,7 +49,7 @@ impl Coordinator {
         let (state_sender, state) = watch::channel(group.state().unwrap_or(State::Loading));
         let (model_sender, model) = watch::channel(None);
         let service = ClusterService::new(&config, commands.clone());
-        let now = Instant::now();
+        let now = clock::now();
         let leader = Leader {
             detector: Detector::new(config.progress_timeout),
             incidents: Incidents::default(),
@@ -111,7 +112,7 @@ impl Leader {
                     Some(command) => self.handle(command),
                     None => return,
                 },
-                _ = ticks.tick() => self.tend(Instant::now()),
+                _ = ticks.tick() => self.tend(clock::now()),
             }
             // Whatever has arrived meanwhile takes part in the next step.
             while let Ok(command) = inbox.try_recv() {
@@ -146,7 +147,7 @@ impl Leader {
             }
             Command::Heartbeat { worker, progress } => {
                 if self.workers.contains_key(&worker) {
-                    self.detector.heard(worker, progress, Instant::now());
+                    self.detector.heard(worker, progress, clock::now());
                 }
             }
             Command::Ready { worker, epoch, capacity, loading } => {
@@ -204,7 +205,7 @@ impl Leader {
             Status::failed_precondition(reason)
         })?;
         info!(worker = %id, address, "a worker joined");
-        self.pace.joined(Instant::now());
+        self.pace.joined(clock::now());
         let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
         let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
@@ -244,7 +245,7 @@ impl Leader {
         for effect in effects {
             match effect {
                 Effect::Lost(loss) => {
-                    let now = Instant::now();
+                    let now = clock::now();
                     let heard =
                         loss.member.as_ref().and_then(|(_, worker)| self.detector.last_heard(worker.id));
                     let detect = heard.map(|(at, _)| now.saturating_duration_since(at)).unwrap_or_default();
@@ -298,7 +299,7 @@ impl Leader {
         };
         self.model.send_replace(Some(model.clone()));
         self.set_state(State::Serving(model));
-        let (now, requests) = (Instant::now(), self.requests());
+        let (now, requests) = (clock::now(), self.requests());
         self.pace.serves(now);
         tend::report(self.incidents.served(epoch, ranks, requests, now));
     }
@@ -316,7 +317,7 @@ impl Leader {
             Ok(events) => {
                 let applied = self.steps.pop_front_if(|step| step.id == output.step);
                 if let Some(Step { span, planned, .. }) = applied {
-                    span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
+                    span.in_scope(|| debug!(elapsed = ?clock::now().saturating_duration_since(planned), events = events.len(), "applied"));
                 }
                 self.applied(output.step, &events);
                 events.into_iter().for_each(|event| self.requests.deliver(event));
@@ -340,7 +341,7 @@ impl Leader {
         let (epoch, step) = (plan.epoch, plan.step);
         let span = debug_span!("step", %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
         let frame = StepFrame { plan: encode_plan(plan) };
-        let now = Instant::now();
+        let now = clock::now();
         self.detector.planned(step, plan.rows(), now);
         self.steps.push_back(Step { id: step, span, planned: now });
         let stuck = self.workers.iter().find_map(|(worker, connection)| {
@@ -361,7 +362,7 @@ impl Leader {
 
     fn status(&self) -> ClusterStatus {
         let Self { group, detector, incidents, rates, .. } = self;
-        let (scheduler, now) = (self.scheduler.as_ref(), Instant::now());
+        let (scheduler, now) = (self.scheduler.as_ref(), clock::now());
         View { state: &self.state.borrow(), group, detector, incidents, scheduler, rates, now }.status()
     }
 

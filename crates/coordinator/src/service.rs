@@ -1,6 +1,6 @@
 //! The internal gRPC service: parses what workers send, proves who they are, and passes it on to the leader.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use auth::{Nonce, Secret};
 use cluster::convert::{self, Malformed};
@@ -21,6 +21,7 @@ use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
+use crate::clock;
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
 use crate::group::{Capacity, Newcomer};
@@ -110,12 +111,14 @@ impl ClusterService {
     /// Passes on what a worker sends until it falls silent; returns how that showed.
     async fn listen(&self, worker: WorkerId, up: &mut Streaming<WorkerMessage>) -> String {
         loop {
-            let began = Instant::now();
+            let began = clock::now();
             let message = match timeout(self.heartbeat_timeout, receive(up)).await {
                 Ok(Ok(message)) => message,
                 Ok(Err(status)) => return status.message().to_owned(),
                 // A timer that fires late tells that this process was held up, not the worker.
-                Err(_) if began.elapsed() > self.heartbeat_timeout + LATE => continue,
+                Err(_) if clock::now().saturating_duration_since(began) > self.heartbeat_timeout + LATE => {
+                    continue;
+                }
                 Err(_) => return format!("no heartbeat for {:?}", self.heartbeat_timeout),
             };
             let command = match command(worker, message) {

@@ -7,6 +7,7 @@ use engine::{Event, Scheduler, StepId};
 use tracing::info;
 
 use super::Leader;
+use crate::clock;
 use crate::incidents::Incident;
 
 /// Several workers that join one after the other are taken in at once.
@@ -86,7 +87,7 @@ impl Leader {
 
     /// Takes note of a step that was applied.
     pub(super) fn applied(&mut self, step: StepId, events: &[Event]) {
-        let now = Instant::now();
+        let now = clock::now();
         let tokens = events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
         if let Some((rows, _)) = self.detector.applied(step, now) {
             self.rates.count(tokens, rows, now);
