@@ -29,6 +29,8 @@ pub(crate) struct Detector {
     in_flight: VecDeque<Planned>,
     /// When the oldest step in flight was the only thing left to wait for.
     since: Option<Instant>,
+    /// When the last epoch with steps in flight was over, and how long they may still have taken.
+    over: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +59,14 @@ pub(crate) struct Hang {
 impl Detector {
     /// Gives no rank up before it has made no progress for `shortest`.
     pub(crate) fn new(shortest: Duration) -> Self {
-        Self { shortest, pace: None, seen: BTreeMap::new(), in_flight: VecDeque::new(), since: None }
+        Self {
+            shortest,
+            pace: None,
+            seen: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            since: None,
+            over: None,
+        }
     }
 
     /// A heartbeat came.
@@ -96,14 +105,19 @@ impl Detector {
     }
 
     /// No step is in flight any more: the group was lost.
-    pub(crate) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self, now: Instant) {
+        if let Some(rows) = self.in_flight.iter().map(|planned| planned.rows).max() {
+            self.over = Some((now, self.deadline(rows)));
+        }
         self.in_flight.clear();
         self.since = None;
     }
 
     /// The rank that keeps the group of `ranks` from getting on, if none has for too long.
     pub(crate) fn hang(&self, epoch: Epoch, ranks: &[WorkerId], now: Instant) -> Option<Hang> {
-        let (step, since) = (self.in_flight.front()?, self.since?);
+        let Some((step, since)) = self.in_flight.front().zip(self.since) else {
+            return self.lingers(epoch, ranks, now);
+        };
         let deadline = self.deadline(step.rows);
         let seen: Vec<Option<&Seen>> = ranks.iter().map(|worker| self.seen.get(worker)).collect();
         let last = seen.iter().flatten().map(|seen| seen.changed).max().unwrap_or(since).max(since);
@@ -137,6 +151,22 @@ impl Detector {
         }
         // All have done their part.
         hang(0, "has sent no output of")
+    }
+
+    /// The rank that keeps the group from forming, for it hangs in a step of an epoch that is over: it was told so, but what it
+    /// holds is free only when that step has ended.
+    fn lingers(&self, epoch: Epoch, ranks: &[WorkerId], now: Instant) -> Option<Hang> {
+        let (over, deadline) = self.over?;
+        let lingers = |(rank, worker): (usize, &WorkerId)| {
+            let Seen { progress, changed, .. } = self.seen.get(worker)?;
+            let past = progress.epoch.filter(|past| *past != epoch)?;
+            let time = now.saturating_duration_since(over.max(*changed));
+            let hangs = progress.activity == Activity::Computing && time >= deadline;
+            let reason =
+                || format!("does not leave epoch {past}, which is over, for {:.1} s", time.as_secs_f64());
+            hangs.then(|| Hang { rank, reason: reason() })
+        };
+        ranks.iter().enumerate().find_map(lingers)
     }
 
     fn deadline(&self, rows: usize) -> Duration {
@@ -245,7 +275,7 @@ mod tests {
         assert_eq!(scene.hang(), None);
         scene.pass(SECOND);
         assert_eq!(scene.hang(), Some((0, "does not tell of step 0 for 120.0 s".into())));
-        scene.detector.reset();
+        scene.detector.reset(scene.now);
         assert_eq!(scene.hang(), None);
     }
 
@@ -267,6 +297,27 @@ mod tests {
         scene.hear(2, Activity::Computing, 1, Some(0));
         scene.pass(5 * SECOND);
         assert_eq!(scene.hang().map(|(rank, _)| rank), Some(2));
+    }
+
+    #[test]
+    fn whoever_does_not_leave_an_epoch_that_is_over_is_named() {
+        let mut scene = Scene::new();
+        scene.detector.planned(StepId(1), 1, scene.now);
+        (0..3).for_each(|rank| scene.hear(rank, Activity::Computing, 1, (rank != 1).then_some(1)));
+        scene.pass(4 * SECOND);
+        scene.detector.reset(scene.now);
+        let next = Epoch { counter: EPOCH.counter + 1, ..EPOCH };
+        let hang =
+            |scene: &Scene| scene.detector.hang(next, &RANKS, scene.now).map(|hang| (hang.rank, hang.reason));
+        // The others have heard of it; one loads for the epoch before, and is not cut short.
+        let progress = Progress { epoch: Some(next), activity: Activity::Loading, ..Progress::default() };
+        scene.detector.heard(RANKS[0], progress, scene.now);
+        scene.hear(2, Activity::Loading, 1, None);
+        scene.pass(4 * SECOND);
+        assert_eq!(hang(&scene), None);
+        scene.pass(SECOND);
+        let reason = "does not leave epoch 1.4, which is over, for 5.0 s";
+        assert_eq!(hang(&scene), Some((1, reason.into())));
     }
 
     #[test]

@@ -251,7 +251,7 @@ impl Leader {
                     let detect = heard.map(|(at, _)| now.saturating_duration_since(at)).unwrap_or_default();
                     info!(epoch = %loss.epoch, cause = loss.cause, "the epoch is over");
                     self.incidents.lost(loss, detect, now);
-                    self.detector.reset();
+                    self.detector.reset(now);
                     self.pace.lost(now);
                 }
                 Effect::Assign(worker, assignment) => {
