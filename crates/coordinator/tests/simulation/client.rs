@@ -82,6 +82,9 @@ impl Answer {
                 self.began = true;
                 site.dead.run_until_cancelled(self.follow(site, submission)).await.unwrap_or(End::Lost)
             }
+            Err(EngineError::Unavailable(reason)) if self.began && reason.contains("queue is full") => {
+                self.wrong("an answer that began waits in the queue")
+            }
             Err(EngineError::Unavailable(_) | EngineError::Standby(_)) => End::Lost,
             Err(error) => self.wrong(&format!("{} refuses it: {error}", site.name)),
         }

@@ -1,5 +1,6 @@
 //! Faults, and what they do. Each one ends: then what it stopped or ended is as before.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ pub(crate) enum WorkerFault {
     Killed,
     /// Its machine is gone: nobody is told.
     Vanished,
-    /// It computes no further, but says that it lives. Afterwards its process is started again.
+    /// It computes no further, but says that it lives, until the coordinator sends it away. Then its process is started again.
     Hung,
     /// Its process is stopped, and goes on later.
     Stopped,
@@ -38,6 +39,8 @@ pub(crate) enum WorkerFault {
     Cut,
     /// Nothing passes between it and coordinators.
     Silenced,
+    /// Its outputs are held up.
+    Congested,
     /// The next load fails, and its process ends.
     FailsToLoad,
     /// The next step fails.
@@ -62,7 +65,7 @@ pub(crate) enum CoordinatorFault {
 
 impl Fault {
     /// Happens, from its beginning to its end.
-    pub(crate) async fn happen(self, world: &World) {
+    pub(crate) async fn happen(self, world: &Arc<World>) {
         world.journal.note(format_args!("{self:?}"));
         match self {
             Self::Worker { worker, what, time } => what.happen(world, worker, time).await,
@@ -77,9 +80,10 @@ impl Fault {
 }
 
 impl WorkerFault {
-    async fn happen(self, world: &World, worker: usize, time: Duration) {
+    async fn happen(self, world: &Arc<World>, worker: usize, time: Duration) {
         let Some(control) = world.control(worker) else { return };
         let address = World::address(worker);
+        world.journal.suspect(&address);
         let fails = match self {
             Self::Killed => {
                 world.kill(worker);
@@ -97,9 +101,7 @@ impl WorkerFault {
             }
             Self::Hung => {
                 control.hung.shut(true);
-                sleep(time).await;
-                world.kill_process(worker, &control);
-                return world.start(worker);
+                return world.start_when_given_up(worker, control);
             }
             Self::Stopped => {
                 control.stopped.shut(true);
@@ -116,6 +118,11 @@ impl WorkerFault {
                 world.network.silence(&address);
                 sleep(time).await;
                 return world.network.heal(&address);
+            }
+            Self::Congested => {
+                world.network.congest(&address, true);
+                sleep(time).await;
+                return world.network.congest(&address, false);
             }
             Self::FailsToLoad => &control.fails_load,
             Self::FailsInStep => &control.fails_step,

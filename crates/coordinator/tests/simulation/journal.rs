@@ -1,6 +1,6 @@
 //! What happened in a run, at which time: its last lines, a hash of all of them, and what must not have happened.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::{Arguments, Write};
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +25,8 @@ struct State {
     violation: Option<String>,
     /// Terms as they were first seen, with the coordinator that led: their numbers come from the clock on the wall.
     terms: BTreeMap<u64, (usize, String)>,
+    /// Workers that may rightly be sent away.
+    suspects: BTreeSet<String>,
 }
 
 impl Journal {
@@ -37,6 +39,7 @@ impl Journal {
             hasher: DefaultHasher::new(),
             violation: None,
             terms: BTreeMap::new(),
+            suspects: BTreeSet::new(),
         };
         Self { state: Arc::new(Mutex::new(state)), violated: CancellationToken::new() }
     }
@@ -88,6 +91,18 @@ impl Journal {
     pub(crate) fn epoch(&self, epoch: Epoch) -> Epoch {
         let term = self.state().terms.get(&epoch.term).map_or(0, |(number, _)| *number as u64);
         Epoch { term, ..epoch }
+    }
+
+    /// Something is wrong with a worker, or was said of it.
+    pub(crate) fn suspect(&self, worker: &str) {
+        self.state().suspects.insert(worker.to_owned());
+    }
+
+    /// A coordinator that leads sent a worker away; one with which nothing was ever wrong must not be.
+    pub(crate) fn sent_away(&self, worker: &str, reason: &str) {
+        if !self.state().suspects.contains(worker) {
+            self.violation(format_args!("{worker} was sent away: {reason}"));
+        }
     }
 
     /// A hash of everything that happened.

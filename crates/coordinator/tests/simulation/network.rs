@@ -35,6 +35,8 @@ struct State {
     wires: Vec<Weak<Wire>>,
     /// Machines of which nothing is heard at present.
     silenced: BTreeMap<String, Arc<Gate>>,
+    /// Those whose outputs are held up.
+    congested: BTreeMap<String, Arc<Gate>>,
 }
 
 /// What two processes share of a connection.
@@ -44,6 +46,8 @@ struct Wire {
     latency: Duration,
     /// Messages are held up while it is shut.
     silence: Arc<Gate>,
+    /// Outputs are held up while it is shut, and nothing else.
+    congestion: Arc<Gate>,
     broken: CancellationToken,
 }
 
@@ -90,6 +94,15 @@ impl Network {
         self.gate(worker).shut(false);
     }
 
+    /// A worker's outputs are held up, or go on: streams of a connection need not keep step with each other.
+    pub(crate) fn congest(&self, worker: &str, congested: bool) {
+        self.congestion(worker).shut(congested);
+    }
+
+    fn congestion(&self, worker: &str) -> Arc<Gate> {
+        self.state().congested.entry(worker.to_owned()).or_default().clone()
+    }
+
     fn gate(&self, worker: &str) -> Arc<Gate> {
         self.state().silenced.entry(worker.to_owned()).or_default().clone()
     }
@@ -114,6 +127,7 @@ impl Dialer for Network {
     async fn dial(&self, worker: &str, coordinator: &str) -> Result<Box<dyn Line>, Status> {
         let silence = self.gate(worker);
         silence.pass().await;
+        let congestion = self.congestion(worker);
         let mut state = self.state();
         let service = state.services.get(coordinator).cloned();
         let service = service.ok_or_else(|| Status::unavailable("nobody listens there"))?;
@@ -123,6 +137,7 @@ impl Dialer for Network {
             coordinator: coordinator.to_owned(),
             latency,
             silence,
+            congestion,
             broken: CancellationToken::new(),
         });
         state.wires.push(Arc::downgrade(&wire));
@@ -147,7 +162,15 @@ impl Line for Connection {
     }
 
     async fn steps(&self, up: mpsc::UnboundedReceiver<StepReply>) -> Result<Down<StepFrame>, Status> {
-        let up = self.wire.carry(UnboundedReceiverStream::new(up));
+        let congestion = self.wire.congestion.clone();
+        let up = UnboundedReceiverStream::new(up).then(move |output| {
+            let congestion = congestion.clone();
+            async move {
+                congestion.pass().await;
+                output
+            }
+        });
+        let up = self.wire.carry(Box::pin(up));
         let answer = async { self.service.clone().steps(UnboundedReceiverStream::new(up)).await };
         Ok(self.wire.carry(self.wire.call(answer).await?.into_inner()))
     }

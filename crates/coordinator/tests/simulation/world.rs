@@ -11,6 +11,7 @@ use coordinator::Engine;
 use engine::{Request, SamplingParams};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::coordinators::Coordinators;
@@ -22,8 +23,9 @@ use crate::worker::collective::Rooms;
 use crate::worker::control::Control;
 use crate::worker::line::Directory;
 
-/// When faults have ended, all requests are answered within this: a hang in a leader's first step takes two minutes to show.
-const SETTLED: Duration = Duration::from_secs(400);
+/// When faults have ended, all requests are answered within this: a hang in a leader's first step takes two minutes to show, and
+/// several may follow each other.
+const SETTLED: Duration = Duration::from_secs(1200);
 /// Then the group is as wide as can be within this.
 const WIDE: Duration = Duration::from_secs(60);
 /// How often it is looked at from outside.
@@ -38,6 +40,8 @@ pub(crate) struct World {
     directory: Directory,
     rooms: Rooms,
     workers: Mutex<Vec<Option<Process>>>,
+    /// All requests are.
+    answered: CancellationToken,
 }
 
 struct Process {
@@ -73,7 +77,8 @@ impl World {
         );
         let workers = Mutex::new(scenario.workers.iter().map(|_| None).collect());
         let rooms = Rooms::default();
-        Self { scenario, journal, network, coordinators, secret, directory, rooms, workers }
+        let answered = CancellationToken::new();
+        Self { scenario, journal, network, coordinators, secret, directory, rooms, workers, answered }
     }
 
     async fn live(self: Arc<Self>) {
@@ -128,6 +133,7 @@ impl World {
             let statuses = self.statuses().await;
             self.journal.violation(format_args!("not all is answered in time: {statuses:?}"));
         }
+        self.answered.cancel();
         if timeout(WIDE, self.rest()).await.is_err() {
             let statuses = self.statuses().await;
             self.journal.violation(format_args!("it does not come to rest: {statuses:?}"));
@@ -218,12 +224,28 @@ impl World {
         drop(process.map(|process| process.task));
     }
 
-    /// Ends it if it is still this one.
-    pub(crate) fn kill_process(&self, worker: usize, control: &Arc<Control>) {
-        let now = self.control(worker);
-        if now.is_some_and(|now| Arc::ptr_eq(&now, control)) {
-            self.kill(worker);
-        }
+    /// Starts a worker's process, which hangs, again when the leader does without it, or when all is answered anyway.
+    pub(crate) fn start_when_given_up(self: &Arc<Self>, worker: usize, process: Arc<Control>) {
+        let world = self.clone();
+        tokio::spawn(async move {
+            while !world.answered.is_cancelled() && !world.is_given_up(worker).await {
+                sleep(GLANCE).await;
+            }
+            if world.control(worker).is_some_and(|now| Arc::ptr_eq(&now, &process)) {
+                world.kill(worker);
+                world.start(worker);
+            }
+        });
+    }
+
+    /// Whether there is a leader that does not have a worker.
+    async fn is_given_up(&self, worker: usize) -> bool {
+        let leader = self.coordinators.leader().and_then(|place| self.coordinators.at(place));
+        let Some(leader) = leader else { return false };
+        let Ok(status) = leader.contender.status().await else { return false };
+        let ranks =
+            status.groups.iter().flat_map(|group| &group.ranks).filter_map(|rank| rank.worker.as_ref());
+        ranks.chain(&status.spares).all(|other| other.address != Self::address(worker))
     }
 
     /// How a worker's process fares, if it runs.

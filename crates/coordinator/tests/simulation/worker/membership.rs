@@ -15,6 +15,9 @@ use super::collective::Vitals;
 use super::rank::{News, Place, Rank, place};
 use super::{Joined, Worker, beat, line, send};
 
+/// Whom a coordinator without the lead sends away is not to blame.
+const LEADS_NO_MORE: &str = "this coordinator does not lead any more";
+
 /// How a membership ended.
 #[derive(Debug)]
 pub(super) enum End {
@@ -104,6 +107,9 @@ impl<'a> Membership<'a> {
         let message = match message {
             Some(Ok(CoordinatorMessage { message: Some(message) })) => message,
             Some(Err(status)) if status.code() == Code::Aborted => {
+                if status.message() != LEADS_NO_MORE {
+                    self.worker.journal.sent_away(&self.worker.address, status.message());
+                }
                 return Err(End::Again(format!("it was sent away: {}", status.message())));
             }
             Some(Err(status)) if status.code() == Code::Unavailable => {

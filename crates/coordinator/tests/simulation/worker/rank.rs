@@ -3,7 +3,6 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use cluster::{Activity, Assignment, Progress};
 use engine::{Epoch, SampledToken, StepOutput, StepPlan};
@@ -112,7 +111,8 @@ impl Running {
         if let Err(news) = outcome {
             return self.tell(news);
         }
-        self.take(self.worker.pace.load).await;
+        sleep(self.worker.pace.load).await;
+        self.worker.control.stopped.pass().await;
         if strikes(&self.worker.control.fails_load) {
             return self.tell(News::LoadFailed);
         }
@@ -140,9 +140,12 @@ impl Running {
             (progress.step, progress.activity) = (Some(plan.step), Activity::Computing);
         });
         let slowness = control.slowness.load(Ordering::Relaxed);
-        self.take((pace.step + pace.row * plan.rows() as u32) * slowness).await;
+        sleep((pace.step + pace.row * plan.rows() as u32) * slowness).await;
+        control.hung.pass().await;
+        control.stopped.pass().await;
         if strikes(&control.accuses) && self.place.addresses.len() > 1 {
             let other = (self.place.rank + 1) % self.place.addresses.len();
+            journal.suspect(&self.place.addresses[other]);
             return Some(Err(lost(Lost(other))));
         }
         if strikes(&control.fails_step) {
@@ -161,13 +164,6 @@ impl Running {
         control.stopped.pass().await;
         self.vitals.change(|progress| progress.activity = Activity::Idle);
         Some(met.map(|()| tokens))
-    }
-
-    /// Time passes, while it neither hangs nor is stopped.
-    async fn take(&self, time: Duration) {
-        sleep(time).await;
-        self.worker.control.hung.pass().await;
-        self.worker.control.stopped.pass().await;
     }
 
     async fn meet(&self, found: u64) -> Result<(), News> {
