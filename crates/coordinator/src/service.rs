@@ -16,7 +16,7 @@ use cluster::{
 };
 use engine::{Epoch, StepOutput};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
@@ -137,7 +137,11 @@ impl ClusterService {
             let output = match up.message().await {
                 Ok(Some(StepReply { message: Some(step_reply::Message::Output(output)) })) => output,
                 Ok(Some(_)) => break unexpected("output").message().to_owned(),
-                Ok(None) => break "it closed its Steps stream".to_owned(),
+                Ok(None) => {
+                    // Why, it says on the Join stream, maybe that another rank is to blame; the streams are not in step.
+                    sleep(self.heartbeat_timeout).await;
+                    break "it closed its Steps stream".to_owned();
+                }
                 Err(status) => break status.message().to_owned(),
             };
             let command = match StepOutput::try_from(output) {
