@@ -41,6 +41,8 @@ pub(crate) enum WorkerFault {
     Silenced,
     /// Its outputs are held up.
     Congested,
+    /// Outputs of the epoch before come between its own.
+    Echoes,
     /// The next load fails, and its process ends.
     FailsToLoad,
     /// The next step fails.
@@ -126,6 +128,7 @@ impl WorkerFault {
             }
             Self::FailsToLoad => &control.fails_load,
             Self::FailsInStep => &control.fails_step,
+            Self::Echoes => &control.echoes,
             Self::Accuses => &control.accuses,
         };
         fails.store(true, Ordering::Relaxed);

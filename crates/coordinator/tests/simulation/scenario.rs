@@ -193,7 +193,7 @@ impl Chance {
             let place = if self.often(0.7) { None } else { Some(self.0.random_range(0..3)) };
             return (at, Fault::Coordinator { place, what, time });
         }
-        let what = match self.0.random_range(0..11) {
+        let what = match self.0.random_range(0..12) {
             0 => WorkerFault::Killed,
             1 => WorkerFault::Vanished,
             2 => WorkerFault::Hung,
@@ -204,6 +204,7 @@ impl Chance {
             7 => WorkerFault::FailsToLoad,
             8 => WorkerFault::FailsInStep,
             9 => WorkerFault::Congested,
+            10 => WorkerFault::Echoes,
             _ => WorkerFault::Accuses,
         };
         (at, Fault::Worker { worker: self.0.random_range(0..workers), what, time })

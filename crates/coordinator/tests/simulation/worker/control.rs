@@ -18,6 +18,8 @@ pub(crate) struct Control {
     pub(crate) fails_load: AtomicBool,
     /// The next step fails.
     pub(crate) fails_step: AtomicBool,
+    /// False outputs of the epoch before come in front of its own.
+    pub(crate) echoes: AtomicBool,
     /// In the next step it says that the connection with another rank broke.
     pub(crate) accuses: AtomicBool,
 }
@@ -31,6 +33,7 @@ impl Default for Control {
             vanished: AtomicBool::new(false),
             fails_load: AtomicBool::new(false),
             fails_step: AtomicBool::new(false),
+            echoes: AtomicBool::new(false),
             accuses: AtomicBool::new(false),
         }
     }

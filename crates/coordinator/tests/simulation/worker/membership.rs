@@ -1,12 +1,13 @@
 //! One membership: assignments, plans and outputs, until the worker or the coordinator gives it up.
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
 use cluster::{Assignment, Progress, decode_plan};
-use engine::Epoch;
+use engine::{Epoch, StepOutput};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
@@ -41,6 +42,20 @@ pub(super) struct Membership<'a> {
 struct Steps {
     outputs: mpsc::UnboundedSender<StepReply>,
     frames: line::Down<StepFrame>,
+}
+
+impl Steps {
+    fn send(&self, output: StepOutput) {
+        let output = step_reply::Message::Output(output.into());
+        let _ = self.outputs.send(StepReply { message: Some(output) });
+    }
+}
+
+/// What the epoch before might have sampled in this step.
+fn echo(output: StepOutput) -> StepOutput {
+    let StepOutput { epoch, step, mut tokens } = output;
+    tokens.iter_mut().for_each(|token| token.id ^= 1);
+    StepOutput { epoch: Epoch { counter: epoch.counter - 1, ..epoch }, step, tokens }
 }
 
 enum Heard {
@@ -178,8 +193,10 @@ impl<'a> Membership<'a> {
             }
             News::Ran(output) => {
                 if let Some((steps, output)) = self.steps.as_ref().zip(output) {
-                    let output = step_reply::Message::Output(output.into());
-                    let _ = steps.outputs.send(StepReply { message: Some(output) });
+                    if self.worker.control.echoes.load(Ordering::Relaxed) {
+                        steps.send(echo(output.clone()));
+                    }
+                    steps.send(output);
                 }
             }
             News::LoadFailed => {
