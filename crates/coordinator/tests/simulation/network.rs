@@ -2,6 +2,7 @@
 //! connection. Nothing is lost on a connection that stands, as with TCP.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use tonic::Status;
 
 use crate::worker::control::Gate;
 use crate::worker::line::{Dialer, Down, Line};
+use crate::worker::model::mix;
 
 /// A coordinator's service, called without a network in between.
 pub(crate) type Service = ClusterServer<ContenderService>;
@@ -30,7 +32,7 @@ pub(crate) struct Network(Arc<Mutex<State>>);
 #[derive(Default)]
 struct State {
     services: BTreeMap<String, Service>,
-    /// How long messages of a worker take, either way.
+    /// How long messages of a worker take at most, either way.
     latencies: BTreeMap<String, Duration>,
     wires: Vec<Weak<Wire>>,
     /// Machines of which nothing is heard at present.
@@ -44,6 +46,8 @@ struct Wire {
     worker: String,
     coordinator: String,
     latency: Duration,
+    /// Messages that were carried.
+    carried: AtomicU64,
     /// Messages are held up while it is shut.
     silence: Arc<Gate>,
     /// Outputs are held up while it is shut, and nothing else.
@@ -63,7 +67,7 @@ impl Network {
         self.break_where(|wire| wire.coordinator == coordinator);
     }
 
-    /// Messages of a worker take so long.
+    /// Messages of a worker take so long at most.
     pub(crate) fn set_latency(&self, worker: &str, latency: Duration) {
         self.state().latencies.insert(worker.to_owned(), latency);
     }
@@ -136,6 +140,7 @@ impl Dialer for Network {
             worker: worker.to_owned(),
             coordinator: coordinator.to_owned(),
             latency,
+            carried: AtomicU64::new(0),
             silence,
             congestion,
             broken: CancellationToken::new(),
@@ -206,8 +211,11 @@ impl Wire {
     }
 
     async fn pass(&self) {
-        if !self.latency.is_zero() {
-            sleep(self.latency).await;
+        // Each one its own time: streams are not in step.
+        let carried = self.carried.fetch_add(1, Ordering::Relaxed);
+        let millis = mix(carried) % (self.latency.as_millis() as u64 + 1);
+        if millis > 0 {
+            sleep(Duration::from_millis(millis)).await;
         }
         self.silence.pass().await;
     }

@@ -159,7 +159,7 @@ impl Chance {
             row: Duration::from_micros(self.0.random_range(0..1000)),
         };
         let starts = if self.often(0.8) { self.millis(0..1500) } else { self.millis(0..EVENTFUL) };
-        WorkerPlan { starts, latency: self.millis(0..4), fitting, limits, pace }
+        WorkerPlan { starts, latency: self.millis(0..8), fitting, limits, pace }
     }
 
     fn request(&mut self) -> RequestPlan {
