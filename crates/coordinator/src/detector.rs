@@ -12,6 +12,8 @@ use engine::{Epoch, StepId};
 
 /// A step may take so many times what its rows took at their slowest.
 const SLACK: u32 = 8;
+/// A step takes as long as for so many rows if it has fewer: it reads all weights whatever its rows, so one says little of a row.
+const FEWEST: usize = 16;
 /// How long the first steps may take, of which nothing is known.
 const UNMEASURED: Duration = Duration::from_secs(120);
 /// How much of an old measurement is left when a faster one comes: a single slow step is forgotten after a while.
@@ -98,7 +100,7 @@ impl Detector {
     pub(crate) fn applied(&mut self, step: StepId, now: Instant) -> Option<(usize, Duration)> {
         let Planned { rows, .. } = self.in_flight.pop_front_if(|planned| planned.step == step)?;
         let took = now.saturating_duration_since(self.since?);
-        let row = took.as_secs_f64() / rows.max(1) as f64;
+        let row = took.as_secs_f64() / rows.max(FEWEST) as f64;
         self.pace = Some(self.pace.map_or(row, |slowest| row.max(slowest * MEMORY + row * (1.0 - MEMORY))));
         self.since = (!self.in_flight.is_empty()).then_some(now);
         Some((rows, took))
@@ -172,7 +174,7 @@ impl Detector {
     fn deadline(&self, rows: usize) -> Duration {
         let Some(row) = self.pace else { return UNMEASURED.max(self.shortest) };
         // Far below what a Duration holds, however slow a row was.
-        let seconds = (row * rows as f64 * f64::from(SLACK)).min(1e6);
+        let seconds = (row * rows.max(FEWEST) as f64 * f64::from(SLACK)).min(1e6);
         Duration::from_secs_f64(seconds).max(self.shortest)
     }
 }
@@ -191,12 +193,12 @@ mod tests {
     }
 
     impl Scene {
-        /// One step of ten rows, which took a second, was applied; the second one is on its way.
+        /// One step of a hundred rows, which took a second, was applied; the second one is on its way.
         fn new() -> Self {
             let mut scene = Self { detector: Detector::new(5 * SECOND), now: Instant::now() };
-            scene.detector.planned(StepId(0), 10, scene.now);
+            scene.detector.planned(StepId(0), 100, scene.now);
             scene.now += SECOND;
-            assert_eq!(scene.detector.applied(StepId(0), scene.now), Some((10, SECOND)));
+            assert_eq!(scene.detector.applied(StepId(0), scene.now), Some((100, SECOND)));
             scene
         }
 
@@ -239,8 +241,8 @@ mod tests {
     #[test]
     fn a_long_prefill_is_no_hang() {
         let mut scene = Scene::new();
-        // A row took 100 ms, so a thousand may take 800 s.
-        scene.detector.planned(StepId(1), 1000, scene.now);
+        // A row took 10 ms, so ten thousand may take 800 s.
+        scene.detector.planned(StepId(1), 10_000, scene.now);
         for rank in 0..3 {
             scene.hear(rank, Activity::Computing, 1, None);
         }
@@ -248,6 +250,16 @@ mod tests {
         assert_eq!(scene.hang(), None);
         scene.pass(SECOND);
         assert!(scene.hang().is_some());
+    }
+
+    #[test]
+    fn a_small_step_that_was_slow_says_little_of_large_ones() {
+        let mut scene = Scene { detector: Detector::new(5 * SECOND), now: Instant::now() };
+        scene.detector.planned(StepId(0), 1, scene.now);
+        scene.now += SECOND;
+        scene.detector.applied(StepId(0), scene.now);
+        assert_eq!(scene.detector.deadline(1), 8 * SECOND);
+        assert_eq!(scene.detector.deadline(512), 256 * SECOND);
     }
 
     #[test]
