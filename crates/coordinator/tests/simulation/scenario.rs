@@ -87,10 +87,10 @@ impl Scenario {
         }
     }
 
-    /// Ranks of the group when all workers are there.
-    pub(crate) fn full_width(&self) -> usize {
+    /// Whether a group of so many ranks is as wide as can be when all workers are there; several share them as they like.
+    pub(crate) fn is_full_width(&self, ranks: usize) -> bool {
         let (_, most) = self.policy.shape.widths(self.units as usize);
-        most.min(self.workers.len())
+        self.policy.replicas > 1 || ranks == most.min(self.workers.len())
     }
 }
 
@@ -128,10 +128,11 @@ impl Chance {
         let fitting = if self.often(0.3) { units.div_ceil(needed) } else { units };
         let mut faults: Vec<_> = (0..self.0.random_range(0..=10)).map(|_| self.fault(workers)).collect();
         faults.sort_by_key(|(at, _)| *at);
+        let replicas = if self.often(0.3) { 2 } else { 1 };
         let max_waiting = if self.often(0.1) { 2 } else { 1024 };
         Scenario {
             coordinators: self.0.random_range(1..=3),
-            policy: Policy { shape, replicas: 1, context: None },
+            policy: Policy { shape, replicas, context: None },
             gather: self.millis(200..3000),
             max_batch_tokens: self.maybe(4..64),
             max_sequences: self.maybe(1..8),

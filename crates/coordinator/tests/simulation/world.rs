@@ -23,9 +23,9 @@ use crate::worker::collective::Rooms;
 use crate::worker::control::Control;
 use crate::worker::line::Directory;
 
-/// When faults have ended, all requests are answered within this: a hang in a leader's first step takes two minutes to show, and
-/// several may follow each other.
-const SETTLED: Duration = Duration::from_secs(1200);
+/// When faults have ended, all requests are answered within this: a hang in a leader's first step takes two minutes to show,
+/// one after a slow step as long as that may be, and several may follow each other.
+const SETTLED: Duration = Duration::from_secs(3600);
 /// Then the group is as wide as can be within this.
 const WIDE: Duration = Duration::from_secs(60);
 /// How often it is looked at from outside.
@@ -148,7 +148,7 @@ impl World {
                 && status.serving
                 && status.running + status.waiting == 0
                 && status.groups.iter().all(|group| group.kv_blocks_used == 0)
-                && status.groups.first().is_some_and(|group| group.ranks.len() == self.scenario.full_width())
+                && status.groups.first().is_some_and(|group| self.scenario.is_full_width(group.ranks.len()))
             {
                 return;
             }
