@@ -161,7 +161,6 @@ impl<'a> Draft<'a> {
         if self.groups.len() >= self.policy.replicas || stages < fewest || stages > most {
             return;
         }
-        let free = self.free.clone();
         let cut: Rc<[_]> = before.stages.iter().map(|stage| stage.layers.clone()).collect();
         let survivors = |stage: &'a Stage| {
             let members = stage.ranks.iter().filter_map(|rank| self.free.remove(&rank.worker)).collect();
@@ -170,8 +169,7 @@ impl<'a> Draft<'a> {
         };
         let mut teams: Vec<_> = before.stages.iter().map(survivors).collect();
         if !teams.iter_mut().all(|team| self.complete(team, &before.report)) {
-            self.free = free;
-            return;
+            return self.give_back(teams);
         }
         self.groups.push(Group { number: before.number, report: &before.report, teams });
     }
@@ -195,9 +193,14 @@ impl<'a> Draft<'a> {
         true
     }
 
+    /// Frees the members of teams that came to nothing.
+    fn give_back(&mut self, teams: Vec<Team<'a>>) {
+        let members = teams.into_iter().flat_map(|team| team.members);
+        self.free.extend(members.map(|worker| (worker.id, worker)));
+    }
+
     /// The teams of a new group, in as few zones as can be; none, and nobody taken, if there are too few workers.
     fn teams(&mut self, report: &'a ModelReport, stages: usize) -> Option<(&'a ModelReport, Vec<Team<'a>>)> {
-        let free = self.free.clone();
         let cut: Rc<[_]> = report.needs.stage_layers(stages)?.into();
         let mut zones = self.zones(report).into_iter();
         let mut zone = zones.next()?.0;
@@ -206,7 +209,7 @@ impl<'a> Draft<'a> {
             let mut team = Team { layers, cut: cut.clone(), zone, members: Vec::new(), before: None };
             while !self.complete(&mut team, report) {
                 let Some((next, _)) = zones.next() else {
-                    self.free = free;
+                    self.give_back(teams);
                     return None;
                 };
                 zone = next;

@@ -154,11 +154,13 @@ impl Contest {
     async fn run(mut self, stop: CancellationToken) {
         loop {
             let leadership = tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 leadership = self.stand_by() => leadership,
             };
             info!(term = leadership.term(), "this coordinator leads");
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return leadership.resign().await,
                 () = self.lead(&leadership) => {}
             }
@@ -182,6 +184,7 @@ impl Contest {
             self.role.send_replace(Role::Standby(leader.clone()));
             self.set_state(State::Standby(leader));
             tokio::select! {
+                biased;
                 leadership = &mut elected => return leadership,
                 () = self.election.changed() => {}
             }
@@ -198,6 +201,7 @@ impl Contest {
             let state = states.borrow_and_update().clone();
             self.set_state(state);
             tokio::select! {
+                biased;
                 () = over.cancelled() => return,
                 // It has no more states once it has stopped, which it does only when this lead is over.
                 Ok(()) = states.changed() => {}

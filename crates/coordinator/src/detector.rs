@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use cluster::{Activity, WorkerId};
 use engine::{Epoch, StepId};
 
-use crate::heartbeats::Heartbeats;
+use crate::heartbeats::{Heartbeats, Seen};
 
 /// A step may take so many times what its rows took at their slowest.
 const SLACK: u32 = 8;
+/// A step takes as long as for so many rows if it has fewer: it reads all weights whatever its rows, so one says little of a row.
+const FEWEST: usize = 16;
 /// How long the first steps may take, of which nothing is known.
 const UNMEASURED: Duration = Duration::from_secs(120);
 /// How much of an old measurement is left when a faster one comes: a single slow step is forgotten after a while.
@@ -30,6 +32,8 @@ pub(crate) struct Detector {
     in_flight: VecDeque<Planned>,
     /// When the oldest step in flight was the only thing left to wait for.
     since: Option<Instant>,
+    /// When the last epoch with steps in flight was over, and how long they may still have taken.
+    over: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +54,7 @@ pub(crate) struct Hang {
 impl Detector {
     /// Gives no rank up before it has made no progress for `shortest`.
     pub(crate) fn new(shortest: Duration) -> Self {
-        Self { shortest, pace: None, in_flight: VecDeque::new(), since: None }
+        Self { shortest, pace: None, in_flight: VecDeque::new(), since: None, over: None }
     }
 
     /// A step is on its way to all ranks.
@@ -63,14 +67,17 @@ impl Detector {
     pub(crate) fn applied(&mut self, step: StepId, now: Instant) -> Option<(usize, Duration)> {
         let Planned { rows, .. } = self.in_flight.pop_front_if(|planned| planned.step == step)?;
         let took = now.saturating_duration_since(self.since?);
-        let row = took.as_secs_f64() / rows.max(1) as f64;
+        let row = took.as_secs_f64() / rows.max(FEWEST) as f64;
         self.pace = Some(self.pace.map_or(row, |slowest| row.max(slowest * MEMORY + row * (1.0 - MEMORY))));
         self.since = (!self.in_flight.is_empty()).then_some(now);
         Some((rows, took))
     }
 
     /// No step is in flight any more: the group was lost.
-    pub(crate) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self, now: Instant) {
+        if let Some(rows) = self.in_flight.iter().map(|planned| planned.rows).max() {
+            self.over = Some((now, self.deadline(rows)));
+        }
         self.in_flight.clear();
         self.since = None;
     }
@@ -83,7 +90,9 @@ impl Detector {
         ranks: &[WorkerId],
         now: Instant,
     ) -> Option<Hang> {
-        let (step, since) = (self.in_flight.front()?, self.since?);
+        let Some((step, since)) = self.in_flight.front().zip(self.since) else {
+            return self.lingers(heartbeats, epoch, ranks, now);
+        };
         let deadline = self.deadline(step.rows);
         let seen: Vec<_> = ranks.iter().map(|worker| heartbeats.last(*worker)).collect();
         let last = seen.iter().flatten().map(|seen| seen.changed).max().unwrap_or(since).max(since);
@@ -119,10 +128,32 @@ impl Detector {
         hang(0, "has sent no output of")
     }
 
+    /// The rank that keeps the group from forming, for it hangs in a step of an epoch that is over: it was told so, but what it
+    /// holds is free only when that step has ended.
+    fn lingers(
+        &self,
+        heartbeats: &Heartbeats,
+        epoch: Epoch,
+        ranks: &[WorkerId],
+        now: Instant,
+    ) -> Option<Hang> {
+        let (over, deadline) = self.over?;
+        let lingers = |(rank, worker): (usize, &WorkerId)| {
+            let Seen { progress, changed, .. } = heartbeats.last(*worker)?;
+            let past = progress.epoch.filter(|past| *past != epoch)?;
+            let time = now.saturating_duration_since(over.max(changed));
+            let hangs = progress.activity == Activity::Computing && time >= deadline;
+            let reason =
+                || format!("does not leave epoch {past}, which is over, for {:.1} s", time.as_secs_f64());
+            hangs.then(|| Hang { rank, reason: reason() })
+        };
+        ranks.iter().enumerate().find_map(lingers)
+    }
+
     fn deadline(&self, rows: usize) -> Duration {
         let Some(row) = self.pace else { return UNMEASURED.max(self.shortest) };
         // Far below what a Duration holds, however slow a row was.
-        let seconds = (row * rows as f64 * f64::from(SLACK)).min(1e6);
+        let seconds = (row * rows.max(FEWEST) as f64 * f64::from(SLACK)).min(1e6);
         Duration::from_secs_f64(seconds).max(self.shortest)
     }
 }
@@ -130,7 +161,6 @@ impl Detector {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::heartbeats::Seen;
     use cluster::Progress;
 
     const EPOCH: Epoch = Epoch { term: 1, counter: 4 };
@@ -149,12 +179,12 @@ mod tests {
             Self { detector: Detector::new(shortest), heartbeats, now: Instant::now() }
         }
 
-        /// One step of ten rows, which took a second, was applied; the second one is on its way.
+        /// One step of a hundred rows, which took a second, was applied; the second one is on its way.
         fn new() -> Self {
             let mut scene = Self::unmeasured(5 * SECOND);
-            scene.detector.planned(StepId(0), 10, scene.now);
+            scene.detector.planned(StepId(0), 100, scene.now);
             scene.now += SECOND;
-            assert_eq!(scene.detector.applied(StepId(0), scene.now), Some((10, SECOND)));
+            assert_eq!(scene.detector.applied(StepId(0), scene.now), Some((100, SECOND)));
             scene
         }
 
@@ -198,8 +228,8 @@ mod tests {
     #[test]
     fn a_long_prefill_is_no_hang() {
         let mut scene = Scene::new();
-        // A row took 100 ms, so a thousand may take 800 s.
-        scene.detector.planned(StepId(1), 1000, scene.now);
+        // A row took 10 ms, so ten thousand may take 800 s.
+        scene.detector.planned(StepId(1), 10_000, scene.now);
         for rank in 0..3 {
             scene.hear(rank, Activity::Computing, 1, None);
         }
@@ -207,6 +237,16 @@ mod tests {
         assert_eq!(scene.hang(), None);
         scene.pass(SECOND);
         assert!(scene.hang().is_some());
+    }
+
+    #[test]
+    fn a_small_step_that_was_slow_says_little_of_large_ones() {
+        let mut scene = Scene::unmeasured(5 * SECOND);
+        scene.detector.planned(StepId(0), 1, scene.now);
+        scene.now += SECOND;
+        scene.detector.applied(StepId(0), scene.now);
+        assert_eq!(scene.detector.deadline(1), 8 * SECOND);
+        assert_eq!(scene.detector.deadline(512), 256 * SECOND);
     }
 
     #[test]
@@ -234,7 +274,7 @@ mod tests {
         assert_eq!(scene.hang(), None);
         scene.pass(SECOND);
         assert_eq!(scene.hang(), Some((0, "does not tell of step 0 for 120.0 s".into())));
-        scene.detector.reset();
+        scene.detector.reset(scene.now);
         assert_eq!(scene.hang(), None);
     }
 
@@ -256,6 +296,29 @@ mod tests {
         scene.hear(2, Activity::Computing, 1, Some(0));
         scene.pass(5 * SECOND);
         assert_eq!(scene.hang().map(|(rank, _)| rank), Some(2));
+    }
+
+    #[test]
+    fn whoever_does_not_leave_an_epoch_that_is_over_is_named() {
+        let mut scene = Scene::new();
+        scene.detector.planned(StepId(1), 1, scene.now);
+        (0..3).for_each(|rank| scene.hear(rank, Activity::Computing, 1, (rank != 1).then_some(1)));
+        scene.pass(4 * SECOND);
+        scene.detector.reset(scene.now);
+        let next = Epoch { counter: EPOCH.counter + 1, ..EPOCH };
+        let hang = |scene: &Scene| {
+            let hang = scene.detector.hang(&scene.heartbeats, next, &RANKS, scene.now);
+            hang.map(|hang| (hang.rank, hang.reason))
+        };
+        // The others have heard of it; one loads for the epoch before, and is not cut short.
+        let progress = Progress { epoch: Some(next), activity: Activity::Loading, ..Progress::default() };
+        scene.heartbeats.heard(RANKS[0], progress, scene.now);
+        scene.hear(2, Activity::Loading, 1, None);
+        scene.pass(4 * SECOND);
+        assert_eq!(hang(&scene), None);
+        scene.pass(SECOND);
+        let reason = "does not leave epoch 1.4, which is over, for 5.0 s";
+        assert_eq!(hang(&scene), Some((1, reason.into())));
     }
 
     #[test]

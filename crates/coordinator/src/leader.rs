@@ -18,6 +18,7 @@ use tonic::Status;
 use tracing::{debug, info, warn};
 
 use crate::api::{EngineError, ModelInfo};
+use crate::clock;
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
 use crate::groups::{Effect, Groups, Newcomer};
@@ -54,7 +55,7 @@ impl Coordinator {
             groups,
             heartbeats: Heartbeats::default(),
             incidents: Incidents::default(),
-            joined: Instant::now(),
+            joined: clock::now(),
             workers: BTreeMap::new(),
             replicas: BTreeMap::new(),
             state: state_sender,
@@ -98,7 +99,7 @@ impl Leader {
                     Some(command) => self.handle(command),
                     None => return,
                 },
-                _ = ticks.tick() => self.tend(Instant::now()),
+                _ = ticks.tick() => self.tend(clock::now()),
             }
             // Whatever has arrived meanwhile takes part in the next step.
             while let Ok(command) = inbox.try_recv() {
@@ -138,7 +139,7 @@ impl Leader {
             }
             Command::Heartbeat { worker, progress } => {
                 if self.workers.contains_key(&worker) {
-                    self.heartbeats.heard(worker, progress, Instant::now());
+                    self.heartbeats.heard(worker, progress, clock::now());
                 }
             }
             Command::Ready { worker, epoch, capacity, loading } => {
@@ -184,7 +185,7 @@ impl Leader {
             Status::failed_precondition(reason)
         })?;
         info!(worker = %id, address, "a worker joined");
-        self.joined = Instant::now();
+        self.joined = clock::now();
         let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
         let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
@@ -227,7 +228,7 @@ impl Leader {
         for effect in effects {
             match effect {
                 Effect::Lost(loss) => {
-                    let now = Instant::now();
+                    let now = clock::now();
                     let heard = loss.member.as_ref().and_then(|(_, worker)| self.heartbeats.last(worker.id));
                     let detect =
                         heard.map(|seen| now.saturating_duration_since(seen.heard)).unwrap_or_default();
@@ -272,7 +273,7 @@ impl Leader {
 
     fn status(&self) -> ClusterStatus {
         let Self { groups, heartbeats, incidents, replicas, .. } = self;
-        View { state: &self.state.borrow(), groups, heartbeats, incidents, replicas, now: Instant::now() }
+        View { state: &self.state.borrow(), groups, heartbeats, incidents, replicas, now: clock::now() }
             .status()
     }
 

@@ -5,6 +5,7 @@
 //! coordinators one is elected to have a leader ([`Contender`]).
 
 pub mod api;
+mod clock;
 mod command;
 mod config;
 mod contender;

@@ -87,7 +87,7 @@ impl Replica {
     /// The epoch is over: no step is in flight any more.
     pub(crate) fn lost(&mut self, now: Instant) {
         self.steps.clear();
-        self.detector.reset();
+        self.detector.reset(now);
         (self.pace.lost, self.pace.serves) = (Some(now), None);
     }
 

@@ -1,6 +1,6 @@
 //! The channel of every request.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use engine::{Event, SeqId};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
@@ -12,7 +12,7 @@ use crate::api::{EngineError, EngineEvent};
 /// the end, so a client that does not read costs a bounded amount of memory and never holds up a step.
 #[derive(Debug, Default)]
 pub(crate) struct Requests {
-    open: HashMap<SeqId, Open>,
+    open: BTreeMap<SeqId, Open>,
 }
 
 /// A request that has not ended.
@@ -93,7 +93,7 @@ impl Requests {
     /// Forgets the requests whose receiver was dropped, and returns them.
     pub(crate) fn hung_up(&mut self) -> Vec<SeqId> {
         self.open
-            .extract_if(|_, request| request.events.is_closed())
+            .extract_if(.., |_, request| request.events.is_closed())
             .map(|(seq, request)| {
                 request.span.in_scope(|| info!("cancelled"));
                 seq

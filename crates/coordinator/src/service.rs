@@ -2,7 +2,7 @@
 
 mod operate;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use auth::{Nonce, Secret};
 use cluster::convert::{self, Malformed};
@@ -18,11 +18,12 @@ use cluster::{
 };
 use engine::{Epoch, StepOutput};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
+use crate::clock;
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
 use crate::groups::{Capacity, Newcomer};
@@ -108,12 +109,14 @@ impl ClusterService {
     /// Passes on what a worker sends until it falls silent; returns how that showed.
     async fn listen(&self, worker: WorkerId, up: &mut Streaming<WorkerMessage>) -> String {
         loop {
-            let began = Instant::now();
+            let began = clock::now();
             let message = match timeout(self.heartbeat_timeout, receive(up)).await {
                 Ok(Ok(message)) => message,
                 Ok(Err(status)) => return status.message().to_owned(),
                 // A timer that fires late tells that this process was held up, not the worker.
-                Err(_) if began.elapsed() > self.heartbeat_timeout + LATE => continue,
+                Err(_) if clock::now().saturating_duration_since(began) > self.heartbeat_timeout + LATE => {
+                    continue;
+                }
                 Err(_) => return format!("no heartbeat for {:?}", self.heartbeat_timeout),
             };
             let command = match command(worker, message) {
@@ -132,7 +135,11 @@ impl ClusterService {
             let output = match up.message().await {
                 Ok(Some(StepReply { message: Some(step_reply::Message::Output(output)) })) => output,
                 Ok(Some(_)) => break unexpected("output").message().to_owned(),
-                Ok(None) => break "it closed its Steps stream".to_owned(),
+                Ok(None) => {
+                    // Why, it says on the Join stream, maybe that another rank is to blame; the streams are not in step.
+                    sleep(self.heartbeat_timeout).await;
+                    break "it closed its Steps stream".to_owned();
+                }
                 Err(status) => break status.message().to_owned(),
             };
             let command = match StepOutput::try_from(output) {

@@ -22,8 +22,6 @@ pub struct MemoryRegistry {
 
 struct Store {
     state: Mutex<State>,
-    /// The revision, for whoever watches.
-    revision: watch::Sender<Revision>,
     health: watch::Sender<Health>,
 }
 
@@ -34,16 +32,22 @@ struct State {
     last_lease: i64,
     /// The token tells a lease's holder that it was lost.
     leases: BTreeMap<LeaseId, CancellationToken>,
+    /// Told of every change, in the order in which they came.
+    watchers: Vec<Watcher>,
+}
+
+/// Whoever watches the entries below a prefix.
+struct Watcher {
+    prefix: String,
+    /// Bytes of their keys that are left out.
+    cut: usize,
+    snapshots: watch::Sender<Snapshot>,
 }
 
 impl MemoryRegistry {
     /// An empty registry, as `cluster` sees it.
     pub fn new(cluster: &ClusterName) -> Self {
-        let store = Store {
-            state: Mutex::default(),
-            revision: watch::Sender::new(Revision(0)),
-            health: watch::Sender::new(Health::Answers),
-        };
+        let store = Store { state: Mutex::default(), health: watch::Sender::new(Health::Answers) };
         Self { store: Arc::new(store), prefix: cluster.prefix() }
     }
 
@@ -63,25 +67,10 @@ impl MemoryRegistry {
 #[tonic::async_trait]
 impl Registry for MemoryRegistry {
     async fn watch(&self, prefix: &str) -> Result<watch::Receiver<Snapshot>, RegistryError> {
-        let prefix = format!("{}{prefix}", self.prefix);
-        let cut = self.prefix.len();
-        let mut revisions = self.store.revision.subscribe();
-        let (sender, receiver) = watch::channel(self.store.snapshot(&prefix, cut));
-        let store = self.store.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    () = sender.closed() => return,
-                    changed = revisions.changed() => if changed.is_err() { return },
-                }
-                let now = store.snapshot(&prefix, cut);
-                sender.send_if_modified(|before| {
-                    let changed = before.entries != now.entries;
-                    *before = now;
-                    changed
-                });
-            }
-        });
+        let (prefix, cut) = (format!("{}{prefix}", self.prefix), self.prefix.len());
+        let mut state = self.store.lock();
+        let (snapshots, receiver) = watch::channel(state.snapshot(&prefix, cut));
+        state.watchers.push(Watcher { prefix, cut, snapshots });
         Ok(receiver)
     }
 
@@ -99,7 +88,8 @@ impl Registry for MemoryRegistry {
                 return Err(RegistryError::LeaseLost);
             }
         }
-        let revision = state.advance();
+        state.revision.0 += 1;
+        let revision = state.revision;
         for (name, change) in transaction.changes {
             match change {
                 Change::Put(value, lease) => {
@@ -108,7 +98,7 @@ impl Registry for MemoryRegistry {
                 Change::Delete => drop(state.entries.remove(&key(&name))),
             }
         }
-        self.store.revision.send_replace(revision);
+        state.publish();
         Ok(Some(revision))
     }
 
@@ -139,29 +129,36 @@ impl Store {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Entries below `prefix`; `cut` bytes of their keys are left out.
-    fn snapshot(&self, prefix: &str, cut: usize) -> Snapshot {
-        let state = self.lock();
-        let below = state.entries.range(prefix.to_owned()..).take_while(|(key, _)| key.starts_with(prefix));
-        let entries = below.map(|(key, entry)| (key[cut..].to_owned(), entry.clone())).collect();
-        Snapshot { revision: state.revision, entries }
-    }
-
     /// Ends a lease and all entries with it.
     fn end_lease(&self, id: LeaseId) -> Option<CancellationToken> {
         let mut state = self.lock();
         let lost = state.leases.remove(&id)?;
         state.entries.retain(|_, entry| entry.lease != Some(id));
-        let revision = state.advance();
-        self.revision.send_replace(revision);
+        state.revision.0 += 1;
+        state.publish();
         Some(lost)
     }
 }
 
 impl State {
-    fn advance(&mut self) -> Revision {
-        self.revision.0 += 1;
-        self.revision
+    /// Entries below `prefix`; `cut` bytes of their keys are left out.
+    fn snapshot(&self, prefix: &str, cut: usize) -> Snapshot {
+        let below = self.entries.range(prefix.to_owned()..).take_while(|(key, _)| key.starts_with(prefix));
+        let entries = below.map(|(key, entry)| (key[cut..].to_owned(), entry.clone())).collect();
+        Snapshot { revision: self.revision, entries }
+    }
+
+    /// Tells all who still watch of the state that it has now.
+    fn publish(&mut self) {
+        self.watchers.retain(|watcher| !watcher.snapshots.is_closed());
+        for Watcher { prefix, cut, snapshots } in &self.watchers {
+            let now = self.snapshot(prefix, *cut);
+            snapshots.send_if_modified(|before| {
+                let changed = before.entries != now.entries;
+                *before = now;
+                changed
+            });
+        }
     }
 }
 

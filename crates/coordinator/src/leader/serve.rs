@@ -1,7 +1,5 @@
 //! Requests on their way through the groups: which group they go to, the steps that run them, and where they go on when it is lost.
 
-use std::time::Instant;
-
 use cluster::proto::StepFrame;
 use cluster::{WorkerId, encode_plan};
 use engine::{AdmitError, Epoch, Load, Request, Scheduler, SeqId, StepOutput, StepPlan};
@@ -9,6 +7,7 @@ use tracing::{debug, debug_span, info};
 
 use super::{Leader, tend};
 use crate::api::{EngineError, ModelInfo, Submission};
+use crate::clock;
 use crate::detector::Detector;
 use crate::groups::Standing;
 use crate::limits::limits;
@@ -46,7 +45,7 @@ impl Leader {
         let Standing { group, epoch, report, stages, ranks, capacity } = standing;
         let limits = limits(&self.config, &report, stages, capacity);
         info!(group, %epoch, ?limits, ranks, "serving");
-        let now = Instant::now();
+        let now = clock::now();
         let detector = || Detector::new(self.config.progress_timeout);
         let replica = self.replicas.entry(group).or_insert_with(|| {
             let scheduler = Scheduler::new(limits, epoch);
@@ -194,7 +193,7 @@ impl Leader {
             Ok(events) => {
                 let applied = replica.steps.pop_front_if(|step| step.id == output.step);
                 if let Some(Step { span, planned, .. }) = applied {
-                    span.in_scope(|| debug!(elapsed = ?planned.elapsed(), events = events.len(), "applied"));
+                    span.in_scope(|| debug!(elapsed = ?clock::now().saturating_duration_since(planned), events = events.len(), "applied"));
                 }
                 self.applied(group, output.step, &events);
                 if let Some(replica) = self.replicas.get_mut(&group) {
@@ -225,7 +224,7 @@ impl Leader {
             debug_span!("step", group, %epoch, %step, sequences = plan.slices.len(), rows = plan.rows());
         let frame = StepFrame { plan: encode_plan(plan) };
         if let Some(replica) = self.replicas.get_mut(&group) {
-            let now = Instant::now();
+            let now = clock::now();
             replica.detector.planned(step, plan.rows(), now);
             replica.steps.push_back(Step { id: step, span, planned: now });
         }

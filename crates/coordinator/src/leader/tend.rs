@@ -6,6 +6,7 @@ use engine::{Event, StepId};
 use tracing::info;
 
 use super::Leader;
+use crate::clock;
 use crate::incidents::Incident;
 use crate::replica::Replica;
 
@@ -51,7 +52,7 @@ impl Leader {
 
     /// Takes note of a step that was applied.
     pub(super) fn applied(&mut self, group: u32, step: StepId, events: &[Event]) {
-        let now = Instant::now();
+        let now = clock::now();
         let tokens = events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
         if let Some(Replica { detector, rates, .. }) = self.replicas.get_mut(&group)
             && let Some((rows, _)) = detector.applied(step, now)

@@ -266,6 +266,8 @@ impl Member {
         if let Some((step, rank)) = self.fake.accuses
             && plan.step.0 == step
         {
+            // As workers do that leave their group, and on its own stream: the coordinator may hear of this first.
+            self.steps = None;
             let reason = format!("lost rank {rank}");
             let failed = Failed { epoch: Some(plan.epoch.into()), reason, at_member: Some(rank) };
             send(&self.up, Up::Failed(failed)).await;

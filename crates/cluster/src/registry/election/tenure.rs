@@ -70,6 +70,7 @@ enum Standing {
 impl Tenure {
     async fn keep(mut self, mut lease: Lease, over: CancellationToken, resign: CancellationToken) {
         tokio::select! {
+            biased;
             () = self.hold(&mut lease) => warn!(term = self.leader.term, "another coordinator leads now"),
             () = resign.cancelled() => {}
         }
@@ -85,6 +86,7 @@ impl Tenure {
             match self.standing() {
                 Standing::Superseded => return,
                 Standing::Leads(_) => tokio::select! {
+                    biased;
                     () = self.ballots.changed() => {}
                     () = lease.lost() => {
                         // The entry goes with it, which the next ballot shows; maybe it does already.
