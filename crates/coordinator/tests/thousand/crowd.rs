@@ -57,16 +57,17 @@ pub(crate) fn serve(coordinator: &str, workers: usize) {
         let words: Vec<_> = line.split(' ').collect();
         let [what, first, end] = words[..] else { panic!("{line}") };
         let number = |word: &str| word.parse::<usize>().expect("a number");
-        for worker in number(first)..number(end) {
+        let (first, end) = (number(first), number(end));
+        for (worker, place) in crowd.iter_mut().enumerate().take(end).skip(first) {
             match what {
                 "start" => {
                     let (process, control) = process(worker, &directory, &rooms, &journal);
                     let mut task = JoinSet::new();
                     task.spawn(process.run());
-                    crowd[worker] = Some((control, task));
+                    *place = Some((control, task));
                 }
-                "leave" => crowd[worker] = None,
-                "freeze" => crowd[worker].iter().for_each(|(control, _)| control.stopped.shut(true)),
+                "leave" => *place = None,
+                "freeze" => place.iter().for_each(|(control, _)| control.stopped.shut(true)),
                 _ => panic!("{line}"),
             }
         }
