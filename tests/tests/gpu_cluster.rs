@@ -247,7 +247,9 @@ fn workers_tell_where_memory_went_and_what_context_fits() {
     let lines: Vec<_> = told.lines().filter(|line| line.contains(" on cuda:")).collect();
     assert_eq!(lines.len(), 2, "{told}");
     for number in 0..2 {
-        for named in [format!("rank {number} on "), format!(" on cuda:{number}, Phalanx emulator: ")] {
+        for named in
+            [format!("rank {number} of stage 0 on "), format!(" on cuda:{number}, Phalanx emulator: ")]
+        {
             assert_eq!(lines.iter().filter(|line| line.contains(&named)).count(), 1, "{named}: {told}");
         }
     }

@@ -298,6 +298,13 @@ pub trait Backend {
     /// Forgets what [`Backend::run`] recorded: buffers that it used are gone, or other ops are to come.
     fn reset(&mut self) {}
 
+    /// Forgets all steps, whose collective is gone: waits for what was begun, drops records and choices that nobody asked for. What
+    /// steps used may be freed then, and others begin as on a backend that is new.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device failed meanwhile.
+    fn settle(&mut self) -> Result<()>;
+
     // ---- ops
 
     /// `out[T, hidden]` f32 = the table's row of each token of the step, or zeros where the token is another rank's.

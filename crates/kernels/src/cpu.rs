@@ -165,6 +165,11 @@ impl Backend for Cpu {
         Ok(memory::available())
     }
 
+    fn settle(&mut self) -> Result<()> {
+        self.sampler.forget();
+        Ok(())
+    }
+
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {
         shape::embed(step, table.rows.cols(), out.dims())?;
         rows::embed(&self.pool, self.vectors, &self.sampler.ids(step), table, out.shared_f32s()?);

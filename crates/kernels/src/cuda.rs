@@ -5,6 +5,7 @@
 //! `deterministic` every product is by our kernels, which sum in one order for any number of rows; else cuBLASLt does the wide ones.
 
 mod arch;
+mod arena;
 mod attend;
 mod backend;
 mod blas;
@@ -58,9 +59,10 @@ pub use self::sources::{HEADERS, SOURCES, Source};
 pub use self::stage::{Stage, copy_alone, reduce_alone};
 pub use self::usage::KernelUsage;
 
+use self::arena::Arena;
 use self::device::Device;
 use self::linear::{Products, SUMS_BYTES};
-use self::memory::{Arena, Memory, Scratch};
+use self::memory::{Memory, Scratch};
 use self::pack::Packer;
 use self::record::{Record, Records};
 use self::step::{LARGEST_BUCKET, Plan};
@@ -68,8 +70,8 @@ use self::transfer::{Choices, Words};
 use self::wide::{WIDE_ROWS, Wide};
 use crate::{CudaOptions, Error, MAX_SLOTS, Result, Step, WeightFormat};
 
-/// Weights are put into allocations of this size, so that few bytes are lost to the driver's pages.
-const ARENA_CHUNK_BYTES: usize = 256 << 20;
+/// Small weights share allocations of this size, so that few bytes are lost to the driver's pages.
+const ARENA_SHARED_BYTES: usize = 64 << 20;
 /// What the driver, graphs and work space take beyond what is accounted for.
 const RESERVE_BYTES: u64 = 512 << 20;
 
@@ -104,7 +106,8 @@ pub struct Cuda {
     chosen: Option<u64>,
     /// Ids by slot, as they were last kept.
     last_sampled: Memory,
-    records: Records,
+    /// Whoever was recorded may have them forgotten.
+    records: Rc<RefCell<Records>>,
     /// Sums of units, and partial results of attention.
     products: Scratch,
     attention: RefCell<Scratch>,
@@ -136,12 +139,12 @@ impl Cuda {
         }
         let wide =
             if options.deterministic { None } else { Some(Wide::open(&device, options.unpacked_bytes)?) };
-        let chunk = if options.separate_allocations { 0 } else { ARENA_CHUNK_BYTES };
+        let shared = if options.separate_allocations { 0 } else { ARENA_SHARED_BYTES };
         Ok(Self {
             warning: loaded.warning,
             path: path(arch, &options),
             arch,
-            arena: Arena::new(&device, chunk)?,
+            arena: Arena::new(&device, shared)?,
             staging: RefCell::new(Scratch::new(&device)),
             wide,
             group: 1,
@@ -150,8 +153,8 @@ impl Cuda {
             choices: Choices::new(&device)?,
             plan: None,
             chosen: None,
-            last_sampled: Memory::zeroed(&device, "ids by slot", MAX_SLOTS * size_of::<u32>())?,
-            records: Records::default(),
+            last_sampled: last_sampled(&device)?,
+            records: Rc::default(),
             products: Scratch::new(&device),
             attention: RefCell::new(Scratch::new(&device)),
             recorded_spans: 0,
@@ -223,6 +226,10 @@ impl Cuda {
         &self.device
     }
 
+    pub(crate) fn records(&self) -> &Rc<RefCell<Records>> {
+        &self.records
+    }
+
     fn products(&mut self) -> Products<'_> {
         Products { device: &self.device, scratch: &mut self.products, wide: self.wide.as_mut() }
     }
@@ -267,6 +274,11 @@ impl Cuda {
         called?;
         Ok(Record::new(graph?, self.chosen.take()))
     }
+}
+
+/// Room for an id of every slot, none of which was kept yet.
+fn last_sampled(device: &Rc<Device>) -> Result<Memory> {
+    Memory::zeroed(device, "ids by slot", MAX_SLOTS * size_of::<u32>())
 }
 
 /// The instruction path: what bits depend on beside the model.

@@ -45,6 +45,11 @@ impl HostSampler {
         self.choices.pop_front().ok_or_else(nothing_asked)
     }
 
+    /// [`crate::Backend::settle`].
+    pub(crate) fn forget(&mut self) {
+        *self = Self::default();
+    }
+
     /// The ids of a step's rows.
     pub(crate) fn ids(&self, step: &Step) -> Vec<u32> {
         let id = |token: &Token| match *token {

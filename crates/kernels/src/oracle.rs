@@ -175,6 +175,11 @@ impl Backend for Oracle {
         Ok(enough.min(1 << 30))
     }
 
+    fn settle(&mut self) -> Result<()> {
+        self.sampler.forget();
+        Ok(())
+    }
+
     fn embed(&mut self, step: &Step, table: &OracleTable, out: &mut OracleBuffer) -> Result<()> {
         let dims = table.rows.dims;
         shape::embed(step, dims.cols, out.dims)?;

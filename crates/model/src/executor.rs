@@ -11,6 +11,7 @@ use kernels::{Backend, Batch, Choice, Draw, KvShape, SampledRow, Slice, Step, To
 
 use crate::error::{Error, Result};
 use crate::forward::Model;
+use crate::held::Held;
 use crate::slots::Slots;
 use crate::source::{ModelOptions, StepSize};
 
@@ -81,6 +82,15 @@ impl<B: Backend, C: Collective<B::Buffer>> ModelExecutor<B, C> {
     /// The backend, for measurements between steps.
     pub fn backend_mut(&mut self) -> &mut B {
         self.model.backend_mut()
+    }
+
+    /// Leaves the group. KV cache and activations are freed; backend and weights are what the next one may begin with.
+    ///
+    /// # Errors
+    /// The backend's, where it cannot be relied on any more.
+    pub fn leave(self) -> Result<Held<B>> {
+        let (backend, weights) = self.model.leave()?;
+        Ok(Held::with(backend, weights.into_parts()))
     }
 
     /// Replaces the KV cache by one of `blocks` blocks, all zeros: what was in it is forgotten, and steps that were not polled are

@@ -237,12 +237,17 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     pub(crate) fn backend_mut(&mut self) -> &mut B {
         &mut self.backend
     }
-}
 
-impl<B: Backend, C> Drop for Model<B, C> {
-    fn drop(&mut self) {
-        // What was recorded may name the collective.
-        self.backend.reset();
+    /// Leaves the group: what is left is the backend with the weights.
+    ///
+    /// # Errors
+    /// As [`Backend::settle`]; then nothing is left.
+    pub(crate) fn leave(self) -> Result<(B, Weights<B>)> {
+        let Self { collective, stage, mut backend, weights, .. } = self;
+        // What waits on the device for others ends with it.
+        drop((collective, stage));
+        backend.settle()?;
+        Ok((backend, weights))
     }
 }
 

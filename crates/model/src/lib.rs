@@ -8,6 +8,7 @@ pub mod names;
 
 mod error;
 mod forward;
+mod held;
 mod needs;
 mod slots;
 mod source;
@@ -18,6 +19,7 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use executor::{Executor, ModelExecutor};
 pub use forward::SAMPLING_RANK;
+pub use held::Held;
 pub use source::{ModelOptions, ModelSource, Report, StepSize};
 pub use stage::Stage;
-pub use weights::readers;
+pub use weights::{Loaded, Share, readers};

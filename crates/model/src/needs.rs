@@ -18,7 +18,7 @@ impl ModelSource {
         let shape = &self.config.shape;
         let units = units(shape);
         let dtype = self.options.dtype;
-        let layer_unit = Weights::sample(backend, &self.config, &self.origin, &units, dtype)?.bytes(backend);
+        let layer_unit = Weights::sample(backend, self.cut(&units), dtype)?.bytes(backend);
         let largest = |size: &dyn Fn(&engine::Unit) -> usize| units.iter().map(size).max().unwrap_or(0);
         let vocab = largest(&|unit| unit.vocab.len());
         let ffn = largest(&ffn_width);

@@ -1,24 +1,17 @@
 //! A model with its options: what a worker opens before it is assigned a share, and loads from after.
 
-use std::ops::Range;
 use std::path::Path;
 use std::slice;
-use std::time::Duration;
 
-use comm::Collective;
-use engine::units;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use engine::Unit;
 use kernels::{BLOCK_TOKENS, Backend, DType, KvShape, MAX_STEPS_IN_FLIGHT};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::executor::{Limits, ModelExecutor};
-use crate::forward::{Layout, Model};
 use crate::names::{LayerTensor, Tensor};
-use crate::stage::Stage;
-use crate::weights::{Origin, RandomWeights, Share, Weights};
+use crate::weights::{Cut, Origin, RandomWeights};
 
 /// Raised with every change of a kernel or of the forward pass that changes bits.
 const KERNEL_VERSION: u32 = 1;
@@ -128,63 +121,6 @@ impl ModelSource {
         }
     }
 
-    /// Loads one rank's units of all layers. `ranges` are the units of every rank of the group; the collective knows which rank this is.
-    pub fn executor<B: Backend, C: Collective<B::Buffer>>(
-        &self,
-        backend: B,
-        ranges: &[Range<usize>],
-        collective: C,
-    ) -> Result<ModelExecutor<B, C>> {
-        self.stage_executor(backend, Stage::whole(self.config.shape.layers), ranges, collective)
-    }
-
-    /// Loads one rank's units of a stage's layers, and nothing else. `ranges` are the units of every rank of that stage; the collective
-    /// is the stage's own and knows which rank this is.
-    ///
-    /// # Errors
-    /// [`Error::Option`] where the stage cannot have these layers, or the rank no units, or there is no room for the KV cache.
-    pub fn stage_executor<B: Backend, C: Collective<B::Buffer>>(
-        &self,
-        backend: B,
-        stage: Stage,
-        ranges: &[Range<usize>],
-        collective: C,
-    ) -> Result<ModelExecutor<B, C>> {
-        stage.check(self.config.shape.layers)?;
-        let units = units(&self.config.shape);
-        let held = ranges
-            .get(collective.rank())
-            .filter(|held| held.start < held.end && held.end <= units.len())
-            .ok_or_else(|| Error::Option(format!("rank {} has no units", collective.rank())))?
-            .clone();
-        let share = Share { layers: stage.layers.clone(), units: held };
-        let bar = self.progress_bar(&share);
-        let dtype = self.options.dtype;
-        let weights =
-            Weights::load(&backend, &self.config, &self.origin, &units, &share, dtype, &mut |bytes, all| {
-                bar.set_length(all);
-                bar.set_position(bytes);
-            })?;
-        bar.finish_and_clear();
-
-        let kv_shape = self.kv_shape(share.layers.len(), share.units.len());
-        let stages = stage.link.stages();
-        let layout = Layout { config: &self.config, ranges, dtype, largest_step: self.options.largest_step };
-        let mut kv_blocks = 0;
-        let model = Model::new(backend, collective, stage, weights, &layout, |backend| {
-            kv_blocks = self.kv_blocks(backend, kv_shape)?;
-            Ok(backend.kv_cache(kv_shape, kv_blocks)?)
-        })?;
-        let limits = Limits {
-            vocabulary: self.config.shape.vocab,
-            max_context: self.max_context(),
-            kv_blocks,
-            block_size: BLOCK_TOKENS,
-            stages,
-        };
-        Ok(ModelExecutor::new(model, kv_shape, limits, &self.options))
-    }
-
     /// Bytes of KV cache that hold `tokens` tokens on a rank with all units: enough on any rank.
     pub fn kv_bytes<B: Backend>(&self, backend: &B, tokens: usize) -> u64 {
         let block =
@@ -192,7 +128,7 @@ impl ModelSource {
         (tokens.div_ceil(BLOCK_TOKENS) * block) as u64
     }
 
-    fn max_context(&self) -> usize {
+    pub(crate) fn max_context(&self) -> usize {
         self.options.max_context.unwrap_or(self.config.max_positions)
     }
 
@@ -201,8 +137,12 @@ impl ModelSource {
         KvShape { layers, units, group, head_dim, dtype: self.options.kv_dtype }
     }
 
+    pub(crate) fn cut<'a>(&'a self, units: &'a [Unit]) -> Cut<'a> {
+        Cut { config: &self.config, origin: &self.origin, units }
+    }
+
     /// Blocks of KV cache that this rank can hold.
-    fn kv_blocks<B: Backend>(&self, backend: &B, shape: KvShape) -> Result<usize> {
+    pub(crate) fn kv_blocks<B: Backend>(&self, backend: &B, shape: KvShape) -> Result<usize> {
         let block_bytes = backend.kv_block_bytes(shape) as u64;
         let blocks = match self.options.kv_memory {
             Some(bytes) => bytes / block_bytes,
@@ -221,26 +161,6 @@ impl ModelSource {
                 Err(Error::Option(format!("--kv-memory: {blocks} blocks are more than can be numbered")))
             }
         }
-    }
-
-    fn progress_bar(&self, share: &Share) -> ProgressBar {
-        let bar = ProgressBar::no_length();
-        if !self.options.progress {
-            bar.set_draw_target(ProgressDrawTarget::hidden());
-        }
-        if let Ok(style) =
-            ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        {
-            bar.set_style(style);
-        }
-        let Share { layers, units } = share;
-        let mut message = format!("loading units {}..{}", units.start, units.end);
-        if layers.len() < self.config.shape.layers {
-            message += &format!(" of layers {}..{}", layers.start, layers.end);
-        }
-        bar.set_message(message);
-        bar.enable_steady_tick(Duration::from_millis(200));
-        bar
     }
 }
 

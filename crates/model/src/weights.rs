@@ -1,33 +1,38 @@
 //! One rank's weights: for every unit that it holds, that unit's slices of every tensor of its layers.
 //!
-//! Only those slices are read. A unit's matrices stand by themselves, so that another width loads and drops
+//! Only those slices are read. A unit's matrices stand by themselves ([`Parts`]), so that another width loads and drops
 //! units and touches nothing else.
 
 mod ahead;
 mod origin;
+mod parts;
 mod piece;
 mod random;
 mod request;
 
 use std::ops::Range;
 
-use engine::Unit;
+use engine::{ModelShape, Unit};
 use kernels::{Backend, DType, Tree};
 
-use crate::config::Config;
 use crate::error::Result;
+use crate::names::{LayerTensor, Tensor};
 
 pub use ahead::readers;
-use ahead::{Pieces, read_ahead};
 pub(crate) use origin::Origin;
+pub use parts::Loaded;
+use parts::Weight;
+pub(crate) use parts::{Cut, Part, Parts};
 pub(crate) use piece::{Block, Piece};
 pub(crate) use random::RandomWeights;
 pub(crate) use request::Request;
-use request::{layer_requests, requests};
+use request::layer_readings;
+#[cfg(test)]
+pub(crate) use request::{Reading, readings};
 
 /// What a rank holds of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Share {
+pub struct Share {
     /// Of its stage: the first has the embedding, the last the final norm and the head.
     pub(crate) layers: Range<usize>,
     /// Of each of them.
@@ -36,7 +41,10 @@ pub(crate) struct Share {
 
 /// The weights of a share.
 pub(crate) struct Weights<B: Backend> {
-    /// One table for each of the rank's sub-trees of the reduction tree; none but in the first stage.
+    share: Share,
+    /// Its sub-trees of the reduction tree, in the first stage.
+    tables: Vec<Range<usize>>,
+    /// One for each of them.
     pub(crate) embedding: Vec<B::Table>,
     pub(crate) layers: Vec<Layer<B>>,
     /// In the last stage.
@@ -70,35 +78,55 @@ pub(crate) fn ffn_width(unit: &Unit) -> usize {
     unit.ffn.len().next_multiple_of(2).max(2)
 }
 
+impl Share {
+    /// The sub-trees whose embedding rows it has; none but in the first stage, of a model of so many units.
+    fn tables(&self, units: usize) -> Vec<Range<usize>> {
+        if self.layers.start == 0 { Tree { units }.subtrees(&self.units) } else { Vec::new() }
+    }
+}
+
 impl<B: Backend> Weights<B> {
-    /// Loads a share; `progress` is told how many bytes have come of how many.
-    pub(crate) fn load(
-        backend: &B,
-        config: &Config,
-        origin: &Origin,
-        units: &[Unit],
-        share: &Share,
-        dtype: DType,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self> {
-        let requests = requests(origin, config, units, share);
-        let Share { layers, units: held } = share;
-        let tables = if layers.start == 0 { Tree { units: units.len() }.subtrees(held) } else { Vec::new() };
-        read_ahead(origin, &requests, |pieces| {
-            let bytes = (0, requests.iter().map(|request| origin.bytes(request)).sum());
-            let mut loader = Loader { backend, dtype, units: held.len(), origin, pieces, bytes, progress };
-            Ok(Self {
-                embedding: tables
-                    .into_iter()
-                    .map(|part| loader.table(units[part.start].vocab.start))
-                    .collect::<Result<_>>()?,
-                layers: layers.clone().map(|_| loader.layer()).collect::<Result<_>>()?,
-                last: match layers.end == config.shape.layers {
-                    true => Some(LastWeights { norm: loader.vector()?, head: loader.matrices()? }),
-                    false => None,
-                },
-            })
+    /// Puts the weights of `share` together, all of which are in `parts`, of a model of so many units and layers.
+    pub(crate) fn of(parts: &mut Parts<B>, share: &Share, shape: &ModelShape) -> Result<Self> {
+        let Share { layers, units } = share;
+        let tables = share.tables(shape.kv_heads);
+        Ok(Self {
+            embedding: tables.iter().map(|part| parts.take_table(part)).collect::<Result<_>>()?,
+            layers: layers.clone().map(|index| Layer::of(parts, index, units)).collect::<Result<_>>()?,
+            last: match layers.end == shape.layers {
+                true => Some(LastWeights {
+                    norm: parts.take_vector(Tensor::Norm)?,
+                    head: parts.take_matrices(Tensor::Head, units)?,
+                }),
+                false => None,
+            },
+            tables,
+            share: share.clone(),
         })
+    }
+
+    /// Takes them apart again.
+    pub(crate) fn into_parts(self) -> Parts<B> {
+        let Self { share: Share { layers, units }, tables, embedding, layers: weights, last } = self;
+        let mut parts = Parts::default();
+        for (units, table) in tables.into_iter().zip(embedding) {
+            parts.0.insert(Part::Table(units), Weight::Table(table));
+        }
+        let last = last
+            .map(|LastWeights { norm, head }| ([(Tensor::Norm, norm)].into(), [(Tensor::Head, head)].into()));
+        let layers = layers.zip(weights).map(|(index, layer)| layer.by_tensor(index));
+        for (vectors, matrices) in layers.chain(last) {
+            let vectors =
+                vectors.into_iter().map(|(tensor, norm)| (Part::Vector(tensor), Weight::Vector(norm)));
+            parts.0.extend(vectors);
+            for (tensor, of_units) in matrices {
+                let of_units = units.clone().zip(of_units);
+                let matrices =
+                    of_units.map(|(unit, matrix)| (Part::Matrix(tensor, unit), Weight::Matrix(matrix)));
+                parts.0.extend(matrices);
+            }
+        }
+        parts
     }
 
     /// Bytes that a decode step reads: every matrix.
@@ -109,81 +137,48 @@ impl<B: Backend> Weights<B> {
     }
 
     /// One layer of the first unit, to see what it takes.
-    pub(crate) fn sample(
-        backend: &B,
-        config: &Config,
-        origin: &Origin,
-        units: &[Unit],
-        dtype: DType,
-    ) -> Result<Layer<B>> {
-        let requests = layer_requests(origin, config, units, 0, 0..1);
-        read_ahead(origin, &requests, |pieces| {
-            let progress = &mut |_, _| {};
-            Loader { backend, dtype, units: 1, origin, pieces, bytes: (0, 0), progress }.layer()
-        })
+    pub(crate) fn sample(backend: &B, cut: Cut<'_>, dtype: DType) -> Result<Layer<B>> {
+        let mut parts = Parts::default();
+        parts.read(backend, cut, &layer_readings(cut, 0, 0..1), dtype, &mut |_, _| Ok(()))?;
+        Layer::of(&mut parts, 0, &(0..1))
     }
 }
 
+/// Vectors and matrices by the tensor that names them.
+type ByTensor<B> = (Vec<(Tensor, <B as Backend>::Buffer)>, Vec<(Tensor, Vec<<B as Backend>::Matrix>)>);
+
 impl<B: Backend> Layer<B> {
+    fn of(parts: &mut Parts<B>, index: usize, units: &Range<usize>) -> Result<Self> {
+        let tensor = |part| Tensor::Layer(index, part);
+        Ok(Self {
+            attention_norm: parts.take_vector(tensor(LayerTensor::AttentionNorm))?,
+            qkv: parts.take_matrices(tensor(LayerTensor::Q), units)?,
+            o: parts.take_matrices(tensor(LayerTensor::O), units)?,
+            ffn_norm: parts.take_vector(tensor(LayerTensor::FfnNorm))?,
+            gate_up: parts.take_matrices(tensor(LayerTensor::Gate), units)?,
+            down: parts.take_matrices(tensor(LayerTensor::Down), units)?,
+        })
+    }
+
+    fn by_tensor(self, index: usize) -> ByTensor<B> {
+        let tensor = |part| Tensor::Layer(index, part);
+        let Self { attention_norm, qkv, o, ffn_norm, gate_up, down } = self;
+        let vectors = [(LayerTensor::AttentionNorm, attention_norm), (LayerTensor::FfnNorm, ffn_norm)];
+        let matrices = [
+            (LayerTensor::Q, qkv),
+            (LayerTensor::O, o),
+            (LayerTensor::Gate, gate_up),
+            (LayerTensor::Down, down),
+        ];
+        (
+            vectors.into_iter().map(|(part, vector)| (tensor(part), vector)).collect(),
+            matrices.into_iter().map(|(part, matrices)| (tensor(part), matrices)).collect(),
+        )
+    }
+
     /// Bytes of its matrices.
     pub(crate) fn bytes(&self, backend: &B) -> usize {
         let matrices = [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().flatten();
         matrices.map(|matrix| backend.matrix_bytes(matrix)).sum()
-    }
-}
-
-/// Makes weights of what was requested, in the order of the requests.
-struct Loader<'a, 'q, 'p, B: Backend> {
-    backend: &'a B,
-    dtype: DType,
-    /// How many of this rank.
-    units: usize,
-    origin: &'a Origin,
-    pieces: &'a mut Pieces<'q, 'p>,
-    /// That have come, and all.
-    bytes: (u64, u64),
-    progress: &'a mut dyn FnMut(u64, u64),
-}
-
-impl<B: Backend> Loader<'_, '_, '_, B> {
-    fn layer(&mut self) -> Result<Layer<B>> {
-        Ok(Layer {
-            attention_norm: self.vector()?,
-            qkv: self.matrices()?,
-            o: self.matrices()?,
-            ffn_norm: self.vector()?,
-            gate_up: self.matrices()?,
-            down: self.matrices()?,
-        })
-    }
-
-    fn table(&mut self, first_id: usize) -> Result<B::Table> {
-        let (backend, dtype) = (self.backend, self.dtype);
-        self.next(|piece| Ok(backend.table(piece.rows(), first_id, dtype)?))
-    }
-
-    fn vector(&mut self) -> Result<B::Buffer> {
-        let backend = self.backend;
-        self.next(|piece| Ok(backend.vector(piece.rows())?))
-    }
-
-    /// One for each unit.
-    fn matrices(&mut self) -> Result<Vec<B::Matrix>> {
-        let (backend, dtype) = (self.backend, self.dtype);
-        let mut matrices = Vec::new();
-        while matrices.len() < self.units {
-            matrices.extend(self.next(|piece| piece.matrices(backend, dtype))?);
-        }
-        Ok(matrices)
-    }
-
-    /// What `make` makes of the next piece.
-    fn next<T>(&mut self, make: impl FnOnce(&Piece<'_>) -> Result<T>) -> Result<T> {
-        let (request, piece) = self.pieces.take()?;
-        let made = make(&piece)?;
-        self.pieces.give_back(piece);
-        self.bytes.0 += self.origin.bytes(request);
-        (self.progress)(self.bytes.0, self.bytes.1);
-        Ok(made)
     }
 }

@@ -14,6 +14,9 @@ pub enum WorkerError {
     /// The device cannot be used.
     #[error("cannot use the device")]
     Device(#[source] kernels::Error),
+    /// The system has no thread left.
+    #[error("cannot start the executor thread")]
+    Thread(#[source] io::Error),
     /// The address is taken or not this machine's.
     #[error("cannot listen on {address}")]
     Listen {

@@ -1,6 +1,8 @@
-//! The executor thread: loads a share, then runs plans in order, beginning each as soon as the share takes it.
+//! The executor thread: epoch after epoch it loads what its share lacks, then runs plans in order, beginning each as soon as the share
+//! takes it. Device and weights stay there in between.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self as blocking, TryRecvError};
 use std::thread::JoinHandle;
@@ -9,9 +11,9 @@ use std::time::{Duration, Instant};
 use cluster::Assignment;
 use comm::AbortHandle;
 use engine::{StepOutput, StepPlan};
-use model::{Executor, StepSize};
+use model::{Executor, Loaded, StepSize};
 use tokio::sync::mpsc;
-use tracing::debug_span;
+use tracing::{debug_span, warn};
 
 use crate::load::Load;
 use crate::vitals::Vitals;
@@ -20,7 +22,7 @@ use crate::vitals::Vitals;
 const AWAKE: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_micros(20);
 
-/// What the thread tells; its channel ends when the thread does.
+/// What the thread tells of an epoch; the channel ends when it has left that.
 #[derive(Debug)]
 pub(crate) enum Progress {
     /// Weights are loaded and the collective has formed.
@@ -31,6 +33,7 @@ pub(crate) enum Progress {
         largest_step: Option<StepSize>,
         connecting: Duration,
         loading: Duration,
+        loaded: Loaded,
     },
     /// A step was run; its output where this rank samples.
     Ran(Option<StepOutput>),
@@ -40,14 +43,31 @@ pub(crate) enum Progress {
     StepFailed(model::Error),
 }
 
-/// A running executor thread. Dropping it tells the thread to end; [`ExecutorThread::stop`] also waits for that.
+/// The thread, for as long as the worker lives. It has one epoch at a time. Dropping it tells it to end.
 #[derive(Debug)]
 pub(crate) struct ExecutorThread {
+    jobs: blocking::Sender<Job>,
+    thread: JoinHandle<()>,
+}
+
+/// What the thread has to do in an epoch. Dropping it tells the thread to leave that; [`EpochWork::stop`] also waits until it has.
+#[derive(Debug)]
+pub(crate) struct EpochWork {
     plans: blocking::Sender<StepPlan>,
     /// One entry for each plan, and the coordinator sends no more plans than are taken before an output.
     progress: mpsc::UnboundedReceiver<Progress>,
     abort: AbortOnDrop,
-    thread: JoinHandle<()>,
+}
+
+/// The thread's end of it.
+#[derive(Debug)]
+struct Job {
+    assignment: Arc<Assignment>,
+    vitals: Arc<Vitals>,
+    plans: blocking::Receiver<StepPlan>,
+    /// Nobody listens once the group is abandoned: then the job ends by its abort flag or its plans.
+    progress: mpsc::UnboundedSender<Progress>,
+    abort: AbortHandle,
 }
 
 #[derive(Debug)]
@@ -60,111 +80,157 @@ impl Drop for AbortOnDrop {
 }
 
 impl ExecutorThread {
-    /// Starts the thread, which begins to load.
-    pub(crate) fn start<L: Load>(
-        load: Arc<L>,
-        assignment: Arc<Assignment>,
-        vitals: Arc<Vitals>,
-    ) -> io::Result<Self> {
-        let abort = AbortHandle::default();
-        vitals.load(assignment.epoch, abort.clone());
-        let (plans, inbox) = blocking::channel::<StepPlan>();
-        let (sender, progress) = mpsc::unbounded_channel();
-        let raised = abort.clone();
+    /// Starts the thread, which waits for its first epoch. Devices are opened there, since they belong to one thread.
+    pub(crate) fn start(load: impl Load) -> io::Result<Self> {
+        let (jobs, inbox) = blocking::channel::<Job>();
         let thread = std::thread::Builder::new().name("executor".into()).spawn(move || {
-            // Nobody listens once the group is abandoned: then the thread ends by its abort flag or its inbox.
-            let tell = |progress| {
-                let _ = sender.send(progress);
-            };
-            let begun = Instant::now();
-            let transport = match load.connect(&assignment, raised.clone()) {
-                Ok(transport) => transport,
-                Err(error) => return tell(Progress::LoadFailed(error)),
-            };
-            let connecting = begun.elapsed();
-            let mut executor = match load.load(&assignment, transport) {
-                Ok(executor) => executor,
-                Err(error) => return tell(Progress::LoadFailed(error)),
-            };
-            vitals.rest();
-            tell(Progress::Ready {
-                kv_blocks: executor.kv_blocks(),
-                weight_bytes: executor.weight_bytes(),
-                steps_in_flight: executor.steps_in_flight(),
-                largest_step: executor.largest_step(),
-                connecting,
-                loading: begun.elapsed() - connecting,
-            });
-            if let Err(error) = run(&mut executor, &inbox, &raised, &vitals, tell) {
-                tell(Progress::StepFailed(error));
-                // Connections stay until the group is abandoned, or others would take this rank for the one that was lost.
-                while !raised.is_aborted() && inbox.recv().is_ok() {}
+            let mut held = None;
+            while let Ok(job) = inbox.recv() {
+                // A panic was printed when it happened. It took with it whatever was in use.
+                if catch_unwind(AssertUnwindSafe(|| job.run(&load, &mut held))).is_err() {
+                    held = None;
+                }
             }
         })?;
-        Ok(Self { plans, progress, abort: AbortOnDrop(abort), thread })
+        Ok(Self { jobs, thread })
     }
 
-    /// Gives it a plan. If the thread has ended, `progress` tells why.
-    pub(crate) fn run(&self, plan: StepPlan) {
-        let _ = self.plans.send(plan);
+    /// Begins with an epoch; the one before was stopped.
+    pub(crate) fn begin(&self, assignment: Arc<Assignment>, vitals: Arc<Vitals>) -> EpochWork {
+        let abort = AbortHandle::default();
+        vitals.load(assignment.epoch, abort.clone());
+        let (plans, inbox) = blocking::channel();
+        let (sender, progress) = mpsc::unbounded_channel();
+        // If the thread has ended, so has the channel of progress.
+        let _ =
+            self.jobs.send(Job { assignment, vitals, plans: inbox, progress: sender, abort: abort.clone() });
+        EpochWork { plans, progress, abort: AbortOnDrop(abort) }
     }
 
-    /// The next news; none if the thread has ended without a word.
-    pub(crate) async fn progress(&mut self) -> Option<Progress> {
-        self.progress.recv().await
-    }
-
-    /// Frees the thread from whatever it waits for and waits until it has ended and its memory is free. A load is not cut
-    /// short.
-    pub(crate) async fn stop(self) {
-        let Self { plans, progress, abort, thread } = self;
-        drop((plans, progress, abort));
-        // A panic was printed when it happened.
+    /// Waits until the thread has ended and its memory is free; its epoch was stopped.
+    pub(crate) async fn end(self) {
+        let Self { jobs, thread } = self;
+        drop(jobs);
         let _ = tokio::task::spawn_blocking(move || thread.join()).await;
     }
 }
 
-/// Runs what comes until nothing more can come or the flag is raised.
-fn run(
-    executor: &mut impl Executor,
-    inbox: &blocking::Receiver<StepPlan>,
-    raised: &AbortHandle,
-    vitals: &Vitals,
-    tell: impl Fn(Progress),
-) -> Result<(), model::Error> {
-    let mut in_flight = 0;
-    let mut patience = Patience::default();
-    while !raised.is_aborted() {
-        if in_flight > 0 && executor.is_ready()? {
-            let output = executor.poll()?;
-            in_flight -= 1;
-            if in_flight == 0 {
-                vitals.rest();
-            }
-            tell(Progress::Ran(output));
-            patience = Patience::default();
-            continue;
-        }
-        let plan = if in_flight == 0 {
-            inbox.recv().map_err(|_| TryRecvError::Disconnected)
-        } else if in_flight < executor.steps_in_flight() {
-            inbox.try_recv()
-        } else {
-            Err(TryRecvError::Empty)
+impl EpochWork {
+    /// Gives it a plan. If the thread has left the epoch, `progress` tells why.
+    pub(crate) fn run(&self, plan: StepPlan) {
+        let _ = self.plans.send(plan);
+    }
+
+    /// The next news; none if the thread has left the epoch without a word.
+    pub(crate) async fn progress(&mut self) -> Option<Progress> {
+        self.progress.recv().await
+    }
+
+    /// Frees the thread from whatever it waits for and waits until it has left the epoch. KV cache and activations are free then;
+    /// weights stay. A load ends with the request that is being read.
+    pub(crate) async fn stop(self) {
+        let Self { plans, mut progress, abort } = self;
+        drop((plans, abort));
+        while progress.recv().await.is_some() {}
+    }
+}
+
+impl Job {
+    /// Takes part in the epoch until it is abandoned. `held` is what remains from one to the next: nothing at first, and after a failure
+    /// of the device.
+    fn run<L: Load>(self, load: &L, held: &mut Option<L::Held>) {
+        let mut executor = match self.load(load, held) {
+            Ok(executor) => executor,
+            Err(error) => return self.tell(Progress::LoadFailed(error)),
         };
-        match plan {
-            Ok(_) if raised.is_aborted() => {}
-            Ok(plan) => {
-                vitals.compute(plan.step);
-                launch(executor, &plan)?;
-                in_flight += 1;
-                patience = Patience::default();
-            }
-            Err(TryRecvError::Empty) => patience.turn(),
-            Err(TryRecvError::Disconnected) => break,
+        let mut sound = true;
+        if let Err(error) = self.steps(&mut executor) {
+            sound = !in_doubt(&error);
+            self.tell(Progress::StepFailed(error));
+            // Connections stay until the group is abandoned, or others would take this rank for the one that was lost.
+            while !self.abort.is_aborted() && self.plans.recv().is_ok() {}
+        }
+        if sound {
+            *held = load.leave(executor).inspect_err(|error| warn!(%error, "weights are let go")).ok();
         }
     }
-    Ok(())
+
+    fn load<L: Load>(&self, load: &L, held: &mut Option<L::Held>) -> Result<L::Executor, model::Error> {
+        let Self { assignment, vitals, abort, .. } = self;
+        let begun = Instant::now();
+        let connections = load.connect(assignment, abort.clone())?;
+        let connecting = begun.elapsed();
+        let mut there = match held.take() {
+            Some(there) => there,
+            None => load.open()?,
+        };
+        let (formed, loaded) = match load.load(assignment, connections, abort, &mut there) {
+            Ok(done) => done,
+            Err(error) => {
+                *held = Some(there).filter(|_| !in_doubt(&error));
+                return Err(error);
+            }
+        };
+        let executor = load.start(assignment, formed, there)?;
+        vitals.rest();
+        self.tell(Progress::Ready {
+            kv_blocks: executor.kv_blocks(),
+            weight_bytes: executor.weight_bytes(),
+            steps_in_flight: executor.steps_in_flight(),
+            largest_step: executor.largest_step(),
+            connecting,
+            loading: begun.elapsed() - connecting,
+            loaded,
+        });
+        Ok(executor)
+    }
+
+    fn tell(&self, progress: Progress) {
+        let _ = self.progress.send(progress);
+    }
+
+    /// Runs what comes until nothing more can come or the flag is raised.
+    fn steps(&self, executor: &mut impl Executor) -> Result<(), model::Error> {
+        let Self { plans, vitals, abort, .. } = self;
+        let mut in_flight = 0;
+        let mut patience = Patience::default();
+        while !abort.is_aborted() {
+            if in_flight > 0 && executor.is_ready()? {
+                let output = executor.poll()?;
+                in_flight -= 1;
+                if in_flight == 0 {
+                    vitals.rest();
+                }
+                self.tell(Progress::Ran(output));
+                patience = Patience::default();
+                continue;
+            }
+            let plan = if in_flight == 0 {
+                plans.recv().map_err(|_| TryRecvError::Disconnected)
+            } else if in_flight < executor.steps_in_flight() {
+                plans.try_recv()
+            } else {
+                Err(TryRecvError::Empty)
+            };
+            match plan {
+                Ok(_) if abort.is_aborted() => {}
+                Ok(plan) => {
+                    vitals.compute(plan.step);
+                    launch(executor, &plan)?;
+                    in_flight += 1;
+                    patience = Patience::default();
+                }
+                Err(TryRecvError::Empty) => patience.turn(),
+                Err(TryRecvError::Disconnected) => break,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the device cannot be relied on any more.
+fn in_doubt(error: &model::Error) -> bool {
+    matches!(error, model::Error::Kernel(_) | model::Error::Collective(comm::Error::Device(_)))
 }
 
 fn launch(executor: &mut impl Executor, plan: &StepPlan) -> Result<(), model::Error> {

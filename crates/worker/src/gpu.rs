@@ -28,7 +28,7 @@ mod built_in {
     use comm::{AbortHandle, Collective};
     use kernels::Cuda;
     use kernels::cuda::Buffer;
-    use model::ModelExecutor;
+    use model::{Held, Loaded, ModelExecutor, Stage};
     use tracing::{info, warn};
 
     use super::*;
@@ -50,7 +50,7 @@ mod built_in {
         collective: CollectiveChoice,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), WorkerError> {
-        // Opened here for its errors and its kernels, which are compiled now; the executor thread opens it for good.
+        // Opened here for its errors and its kernels, which are compiled now; the executor thread opens it again when it has a share to load.
         let gpu = Cuda::open(options.clone()).map_err(WorkerError::Device)?;
         info!(target: STAGE, "device opened");
         let (free, total) = gpu.memory().map_err(WorkerError::Device)?;
@@ -67,28 +67,44 @@ mod built_in {
 
     impl Load for CudaLoad {
         type Connections = Connections;
+        type Held = Held<Cuda>;
+        type Formed = (Box<dyn Collective<Buffer>>, Stage);
         type Executor = ModelExecutor<Cuda, Box<dyn Collective<Buffer>>>;
 
         fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
             self.site.form(assignment, abort)
         }
 
+        fn open(&self) -> Result<Self::Held, model::Error> {
+            Ok(Held::new(Cuda::open(self.options.clone())?))
+        }
+
         fn load(
             &self,
             assignment: &Assignment,
             (transport, link): Connections,
-        ) -> Result<Self::Executor, model::Error> {
-            let ranges = ranges(assignment);
-            let gpu = Cuda::open(self.options.clone())?;
+            abort: &AbortHandle,
+            held: &mut Self::Held,
+        ) -> Result<(Self::Formed, Loaded), model::Error> {
             let options = ConnectOptions {
                 choice: self.collective,
                 deterministic: self.options.deterministic,
                 limit: FORM_LIMIT,
             };
-            let collective = connect(&gpu, transport, ranges.clone(), options)?;
+            let collective = connect(held.backend(), transport, ranges(assignment), options)?;
             info!(target: STAGE, "connected");
-            let mut executor =
-                self.site.source.stage_executor(gpu, stage(assignment, link), &ranges, collective)?;
+            let stage = stage(assignment, link);
+            let loaded = self.site.load(assignment, &stage, abort, held)?;
+            Ok(((collective, stage), loaded))
+        }
+
+        fn start(
+            &self,
+            assignment: &Assignment,
+            (collective, stage): Self::Formed,
+            held: Self::Held,
+        ) -> Result<Self::Executor, model::Error> {
+            let mut executor = self.site.source.start(held, stage, &ranges(assignment), collective)?;
             executor.backend_mut().synchronize()?;
             info!(target: STAGE, "weights loaded");
             let gpu = executor.backend_mut();
@@ -99,6 +115,10 @@ mod built_in {
                 gpu.memory_report()?
             ));
             Ok(executor)
+        }
+
+        fn leave(&self, executor: Self::Executor) -> Result<Self::Held, model::Error> {
+            executor.leave()
         }
     }
 }

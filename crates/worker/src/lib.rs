@@ -1,8 +1,9 @@
 //! One tensor rank: the RPC side around one executor thread.
 //!
 //! A worker joins its coordinator, waits for an assignment, loads its share on a thread of its own, and runs the plans
-//! that come. When its group is lost it waits for the next assignment; when its coordinator is lost it joins again. `tokio`
-//! ends at the channels in front of the executor thread, where everything blocking lives.
+//! that come. When its group is lost it waits for the next assignment; when its coordinator is lost it joins again. All the while it
+//! holds the weights that it has, and loads what a new share has beyond them. `tokio` ends at the channels in front of the executor
+//! thread, where everything blocking lives.
 
 mod config;
 mod error;
@@ -18,7 +19,6 @@ mod whereabouts;
 mod tests;
 
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::registry::members::WorkerEntry;
@@ -28,6 +28,7 @@ use tracing::{info, warn};
 pub use config::{Coordinators, Device, WorkerConfig};
 pub use error::WorkerError;
 
+use crate::executor::ExecutorThread;
 use crate::join::Identity;
 use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
@@ -89,8 +90,14 @@ async fn serve_until(
 }
 
 /// Joins again and again; see [`run`].
-async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError> {
-    let load = Arc::new(load);
+async fn serve(identity: &Identity, load: impl Load) -> Result<(), WorkerError> {
+    let thread = ExecutorThread::start(load).map_err(WorkerError::Thread)?;
+    let result = serve_on(identity, &thread).await;
+    thread.end().await;
+    result
+}
+
+async fn serve_on(identity: &Identity, thread: &ExecutorThread) -> Result<(), WorkerError> {
     let mut pause = Duration::ZERO;
     let mut latest_term = 0;
     loop {
@@ -99,7 +106,7 @@ async fn serve<L: Load>(identity: &Identity, load: L) -> Result<(), WorkerError>
         info!(coordinator = leader.address, worker = %joined.worker, "joined");
         info!(target: STAGE, "joined");
         let superseded = identity.coordinator.superseded(&leader);
-        match session::serve(joined, load.clone(), &mut latest_term, superseded).await {
+        match session::serve(joined, thread, &mut latest_term, superseded).await {
             End::Final(error) => return Err(error),
             End::Again { reason, served } => {
                 // The first time at once: most likely another process was lost.

@@ -1,4 +1,4 @@
-//! What turns an assignment into an executor: connections first, then weights.
+//! What turns an assignment into an executor: connections first, then the weights that are missing.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use auth::Secret;
 use cluster::{Assignment, ModelReport, Resources, StageMembers};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, StageLink, TcpTransport};
 use kernels::{Backend, Cpu};
-use model::{Executor, ModelExecutor, ModelSource, Stage};
+use model::{Executor, Held, Loaded, ModelExecutor, ModelSource, Stage};
 use tracing::info;
 
 use crate::{Device, STAGE, WorkerConfig, WorkerError};
@@ -15,22 +15,39 @@ use crate::{Device, STAGE, WorkerConfig, WorkerError};
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
 pub(crate) const FORM_LIMIT: Duration = Duration::from_secs(60);
 
-/// Builds executors. It goes to the executor thread; what it builds never leaves that.
+/// Builds executors, on the executor thread. What it opens there never leaves that.
 pub(crate) trait Load: Send + Sync + 'static {
     /// The connections with the other ranks.
     type Connections;
-    /// What it builds.
+    /// A device with the weights that are on it: what there is between two epochs.
+    type Held;
+    /// What the connections become, once there is a device.
+    type Formed;
+    /// What runs steps.
     type Executor: Executor;
 
     /// Connects with the other ranks. Blocks; `abort` frees this and all later waits for others.
     fn connect(&self, assignment: &Assignment, abort: AbortHandle)
     -> Result<Self::Connections, model::Error>;
-    /// Loads this rank's share.
+    /// Opens the device.
+    fn open(&self) -> Result<Self::Held, model::Error>;
+    /// Has `held` hold this rank's share and nothing else: keeps what it can, reads the rest. `abort` cuts it short; what had come stays.
     fn load(
         &self,
         assignment: &Assignment,
         connections: Self::Connections,
+        abort: &AbortHandle,
+        held: &mut Self::Held,
+    ) -> Result<(Self::Formed, Loaded), model::Error>;
+    /// Takes the memory that steps need beside the weights. After an error all is let go.
+    fn start(
+        &self,
+        assignment: &Assignment,
+        formed: Self::Formed,
+        held: Self::Held,
     ) -> Result<Self::Executor, model::Error>;
+    /// Leaves the group and frees that memory. After an error all is let go.
+    fn leave(&self, executor: Self::Executor) -> Result<Self::Held, model::Error>;
 }
 
 /// A rank's connections: with the others of its stage, and with the stages around.
@@ -96,6 +113,21 @@ impl Site {
         };
         Ok(self.listener.form(&spec, abort, FORM_LIMIT)?)
     }
+
+    /// See [`Load::load`].
+    pub(crate) fn load<B: Backend>(
+        &self,
+        assignment: &Assignment,
+        stage: &Stage,
+        abort: &AbortHandle,
+        held: &mut Held<B>,
+    ) -> Result<Loaded, model::Error> {
+        let share = self.source.share(stage, &ranges(assignment), assignment.rank)?;
+        self.source.load(held, &share, &mut || match abort.is_aborted() {
+            true => Err(comm::Error::Aborted.into()),
+            false => Ok(()),
+        })
+    }
 }
 
 fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources, kernels::Error> {
@@ -124,27 +156,44 @@ pub(crate) fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
 
 impl Load for CpuLoad {
     type Connections = Connections;
+    type Held = Held<Cpu>;
+    type Formed = (MeshCollective<TcpTransport>, Stage);
     type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
 
     fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
         self.site.form(assignment, abort)
     }
 
+    fn open(&self) -> Result<Self::Held, model::Error> {
+        Ok(Held::new(Cpu::new(self.threads)?))
+    }
+
     fn load(
         &self,
         assignment: &Assignment,
         (transport, link): Connections,
-    ) -> Result<Self::Executor, model::Error> {
-        let ranges = ranges(assignment);
-        let collective = MeshCollective::new(transport, ranges.clone())?;
+        abort: &AbortHandle,
+        held: &mut Self::Held,
+    ) -> Result<(Self::Formed, Loaded), model::Error> {
+        let collective = MeshCollective::new(transport, ranges(assignment))?;
         info!(target: STAGE, "connected");
-        let executor = self.site.source.stage_executor(
-            Cpu::new(self.threads)?,
-            stage(assignment, link),
-            &ranges,
-            collective,
-        )?;
+        let stage = stage(assignment, link);
+        let loaded = self.site.load(assignment, &stage, abort, held)?;
+        Ok(((collective, stage), loaded))
+    }
+
+    fn start(
+        &self,
+        assignment: &Assignment,
+        (collective, stage): Self::Formed,
+        held: Self::Held,
+    ) -> Result<Self::Executor, model::Error> {
+        let executor = self.site.source.start(held, stage, &ranges(assignment), collective)?;
         info!(target: STAGE, "weights loaded");
         Ok(executor)
+    }
+
+    fn leave(&self, executor: Self::Executor) -> Result<Self::Held, model::Error> {
+        executor.leave()
     }
 }

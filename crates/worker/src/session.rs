@@ -9,6 +9,7 @@ use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
 use cluster::{Assignment, MAX_STEPS_IN_FLIGHT, decode_plan};
 use engine::Epoch;
+use model::Loaded;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,9 +17,8 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::WorkerError;
-use crate::executor::{ExecutorThread, Progress};
+use crate::executor::{EpochWork, ExecutorThread, Progress};
 use crate::join::{Joined, is_refusal, send};
-use crate::load::Load;
 
 /// Outputs on their way up: more than there are steps in flight, so that nothing waits here.
 const OUTPUTS_BUFFERED: usize = MAX_STEPS_IN_FLIGHT as usize;
@@ -38,16 +38,16 @@ pub(crate) enum End {
 
 /// Takes part until the end, which is also when the coordinator is `superseded`. `latest_term` is the highest term that any
 /// coordinator had this worker serve in, before and after.
-pub(crate) async fn serve<L: Load>(
+pub(crate) async fn serve(
     joined: Joined,
-    load: Arc<L>,
+    thread: &ExecutorThread,
     latest_term: &mut u64,
     superseded: impl Future<Output = ()>,
 ) -> End {
     let superseded = pin!(superseded);
     let latest = Epoch::default();
     let mut membership =
-        Membership { joined, load, superseded, latest_term, latest, rank: None, served: false };
+        Membership { joined, thread, superseded, latest_term, latest, rank: None, served: false };
     let end = loop {
         if let Err(end) = membership.advance().await {
             break end;
@@ -57,9 +57,9 @@ pub(crate) async fn serve<L: Load>(
     end
 }
 
-struct Membership<'a, L, S> {
+struct Membership<'a, S> {
     joined: Joined,
-    load: Arc<L>,
+    thread: &'a ExecutorThread,
     /// Ends when another coordinator leads.
     superseded: Pin<&'a mut S>,
     /// A coordinator of a lower term leads no more, whatever it thinks.
@@ -74,7 +74,7 @@ struct Membership<'a, L, S> {
 struct Rank {
     epoch: Epoch,
     assignment: Arc<Assignment>,
-    thread: ExecutorThread,
+    work: EpochWork,
     /// Once the share is loaded.
     steps: Option<Steps>,
 }
@@ -92,7 +92,7 @@ enum Heard {
 
 impl Rank {
     async fn hear(&mut self) -> Heard {
-        let Self { thread, steps, .. } = self;
+        let Self { work, steps, .. } = self;
         let frame = async {
             match steps {
                 Some(steps) => steps.frames.message().await,
@@ -100,13 +100,13 @@ impl Rank {
             }
         };
         tokio::select! {
-            progress = thread.progress() => Heard::Progress(progress),
+            progress = work.progress() => Heard::Progress(progress),
             frame = frame => Heard::Frame(frame),
         }
     }
 }
 
-impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
+impl<S: Future<Output = ()>> Membership<'_, S> {
     /// Waits for the next thing to happen, and does what it asks for.
     async fn advance(&mut self) -> Result<(), End> {
         let Self { joined, rank, superseded, .. } = self;
@@ -186,10 +186,8 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
         let (layers, units) = (&assignment.own_stage().layers, assignment.own_units());
         info!(%epoch, stage, rank, ?layers, ?units, "assigned");
         let assignment = Arc::new(assignment);
-        match ExecutorThread::start(self.load.clone(), assignment.clone(), self.joined.vitals.clone()) {
-            Ok(thread) => self.rank = Some(Rank { epoch, assignment, thread, steps: None }),
-            Err(error) => self.fail(epoch, &format!("cannot start the executor thread: {error}"), None).await,
-        }
+        let work = self.thread.begin(assignment.clone(), self.joined.vitals.clone());
+        self.rank = Some(Rank { epoch, assignment, work, steps: None });
         Ok(())
     }
 
@@ -203,8 +201,10 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
                 largest_step,
                 connecting,
                 loading,
+                loaded,
             }) => {
-                info!(%epoch, kv_blocks, weight_bytes, steps_in_flight, ?largest_step, ?connecting, ?loading, "loaded");
+                let Loaded { kept: kept_bytes, read: loaded_bytes } = loaded;
+                info!(%epoch, kv_blocks, weight_bytes, kept_bytes, loaded_bytes, steps_in_flight, ?largest_step, ?connecting, ?loading, "loaded");
                 let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 let ready = Ready {
                     epoch: Some(epoch.into()),
@@ -215,6 +215,7 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
                     steps_in_flight: number(steps_in_flight),
                     step_rows: largest_step.map_or(0, |size| number(size.rows)),
                     sampled_rows: largest_step.map_or(0, |size| number(size.sampled)),
+                    loaded_bytes,
                 };
                 send(&self.joined.up, Up::Ready(ready)).await;
                 self.attach(epoch).await;
@@ -287,16 +288,16 @@ impl<L: Load, S: Future<Output = ()>> Membership<'_, L, S> {
             }
         };
         match decoded {
-            Ok(plan) if plan.epoch == epoch => rank.thread.run(plan),
+            Ok(plan) if plan.epoch == epoch => rank.work.run(plan),
             Ok(plan) => debug!(epoch = %plan.epoch, "dropped a plan of another epoch"),
             Err(reason) => self.fail(epoch, &reason, None).await,
         }
     }
 
-    /// Ends this worker's part in its group; on return the share's memory is free.
+    /// Ends this worker's part in its group; on return the memory of its KV cache is free, and weights stay.
     async fn leave_group(&mut self) {
         if let Some(rank) = self.rank.take() {
-            rank.thread.stop().await;
+            rank.work.stop().await;
             self.joined.vitals.leave();
         }
     }

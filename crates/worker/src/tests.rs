@@ -1,8 +1,10 @@
 //! A worker against a coordinator that the test plays, message by message.
 
+mod fake;
+mod held;
 mod leaders;
 
-use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,112 +23,22 @@ use cluster::{
     Activity, Assignment, Member, ModelReport, PROTOCOL, Progress, Resources, Session, StageMembers,
     WorkerId, encode_plan,
 };
-use comm::AbortHandle;
 use engine::{
     BlockId, Epoch, MemoryNeeds, SampledToken, SeqId, SeqSlice, SlotId, StepId, StepOutput, StepPlan, Tokens,
 };
-use model::{Executor, StepSize};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use self::fake::{FakeLoad, UNIT_BYTES};
 use crate::join::Identity;
-use crate::load::Load;
 use crate::whereabouts::Whereabouts;
 use crate::{Coordinators, WorkerError, serve};
 
 /// How often a heartbeat is asked for.
 const BEAT_MILLIS: u32 = 20;
-
-/// Loads nothing; one instance may exist at a time.
-#[derive(Default)]
-struct FakeLoad {
-    alive: Arc<AtomicUsize>,
-    /// The outcomes of the first loads, the last one first; then they succeed.
-    failures: Mutex<Vec<model::Error>>,
-    /// Steps last until they are aborted.
-    stuck: bool,
-    /// Two steps are taken, and the first ends when the second has begun.
-    ahead: bool,
-}
-
-struct FakeExecutor {
-    alive: Arc<AtomicUsize>,
-    abort: Option<AbortHandle>,
-    steps_in_flight: usize,
-    running: VecDeque<StepOutput>,
-}
-
-impl Load for FakeLoad {
-    type Connections = AbortHandle;
-    type Executor = FakeExecutor;
-
-    fn connect(&self, _: &Assignment, abort: AbortHandle) -> Result<AbortHandle, model::Error> {
-        Ok(abort)
-    }
-
-    fn load(&self, _: &Assignment, abort: AbortHandle) -> Result<FakeExecutor, model::Error> {
-        if let Some(error) = self.failures.lock().unwrap().pop() {
-            return Err(error);
-        }
-        assert_eq!(self.alive.fetch_add(1, Ordering::SeqCst), 0, "the share before is still there");
-        Ok(FakeExecutor {
-            alive: self.alive.clone(),
-            abort: self.stuck.then_some(abort),
-            steps_in_flight: if self.ahead { 2 } else { 1 },
-            running: VecDeque::new(),
-        })
-    }
-}
-
-impl Executor for FakeExecutor {
-    fn steps_in_flight(&self) -> usize {
-        self.steps_in_flight
-    }
-
-    fn launch(&mut self, plan: &StepPlan) -> Result<(), model::Error> {
-        if let Some(abort) = &self.abort {
-            while !abort.is_aborted() {
-                std::thread::yield_now();
-            }
-            return Err(model::Error::Collective(comm::Error::Aborted));
-        }
-        let token = |slice: &SeqSlice| SampledToken { seq: slice.seq, id: slice.start, logprob: 0.0 };
-        let tokens = plan.slices.iter().map(token).collect();
-        assert!(self.running.len() < self.steps_in_flight, "more steps than it takes");
-        self.running.push_back(StepOutput { epoch: plan.epoch, step: plan.step, tokens });
-        Ok(())
-    }
-
-    fn poll(&mut self) -> Result<Option<StepOutput>, model::Error> {
-        assert_eq!(self.running.len(), self.steps_in_flight, "it would wait");
-        Ok(self.running.pop_front())
-    }
-
-    fn is_ready(&mut self) -> Result<bool, model::Error> {
-        Ok(self.running.len() == self.steps_in_flight)
-    }
-
-    fn largest_step(&self) -> Option<StepSize> {
-        Some(StepSize { rows: 40, sampled: 9 })
-    }
-
-    fn kv_blocks(&self) -> usize {
-        17
-    }
-
-    fn weight_bytes(&self) -> u64 {
-        1 << 40
-    }
-}
-
-impl Drop for FakeExecutor {
-    fn drop(&mut self) {
-        self.alive.fetch_sub(1, Ordering::SeqCst);
-    }
-}
 
 /// The coordinator's end of a stream.
 struct Wire<U, D> {
@@ -278,9 +190,17 @@ impl JoinWire {
     }
 
     async fn assign_epoch(&self, epoch: Epoch) {
-        let members = vec![Member { address: "here:1".into(), units: 0..4 }];
+        self.assign_units(epoch, 0..4).await;
+    }
+
+    /// An assignment of these units; others have the rest.
+    async fn assign_units(&self, epoch: Epoch, units: Range<usize>) {
+        let ranges =
+            [0..units.start, units.clone(), units.end..4].into_iter().filter(|units| units.start < units.end);
+        let members: Vec<_> = ranges.map(|units| Member { address: "here:1".into(), units }).collect();
+        let rank = members.iter().take_while(|member| member.units != units).count();
         let stages = vec![StageMembers { layers: 0..2, members }];
-        let assignment = Assignment { epoch, group: "fake".into(), stage: 0, rank: 0, stages };
+        let assignment = Assignment { epoch, group: "fake".into(), stage: 0, rank, stages };
         self.say(Down::Assignment(assignment.into())).await;
     }
 
@@ -300,8 +220,17 @@ impl JoinWire {
             steps_in_flight,
             step_rows: 40,
             sampled_rows: 9,
+            // See `held`.
+            loaded_bytes: ready.loaded_bytes,
         };
         assert_eq!(ready, expected);
+    }
+
+    /// How many units were read when it is ready.
+    async fn loaded_units(&mut self, epoch: Epoch) -> u64 {
+        let Up::Ready(ready) = self.hear().await else { panic!("it is not ready") };
+        assert_eq!(ready.epoch, Some(epoch.into()));
+        ready.loaded_bytes / UNIT_BYTES
     }
 }
 

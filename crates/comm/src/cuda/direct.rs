@@ -26,8 +26,7 @@ const ONE_SHOT_BYTES: usize = 512 << 10;
 ///
 /// Calls only begin work. While this thread waits for its GPU it looks after the abort flag, NCCL's errors and the other ranks, and ends
 /// what waits on the device: kernels by their abort word, NCCL by aborting its communicator. [`Collective::check`] then tells why. It
-/// serves one epoch: to go on, forget what was recorded ([`Backend::reset`](kernels::Backend::reset)), drop this, and form anew; in this
-/// order, since NCCL waits for the records that name its communicator.
+/// serves one epoch: to go on, drop this, have the backend forget its steps ([`Backend::settle`](kernels::Backend::settle)), and form anew.
 ///
 /// NCCL's symmetric windows are not used: they speed up short sums of GPUs that reach each other's memory, and there those sums go by our
 /// kernels; the rest would pay for them with a copy out of the window.

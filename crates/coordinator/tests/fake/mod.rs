@@ -225,6 +225,7 @@ impl Member {
             steps_in_flight: self.fake.steps_in_flight,
             step_rows: 0,
             sampled_rows: 0,
+            loaded_bytes: 1,
         };
         send(&self.up, Up::Ready(ready)).await;
         let (outputs, replies) = mpsc::channel(4);

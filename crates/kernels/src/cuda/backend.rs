@@ -6,7 +6,7 @@ use super::record::Course;
 use super::sample::Kept;
 use super::step::{self, Plan};
 use super::transfer::MAX_SAMPLED;
-use super::{Cuda, RESERVE_BYTES, attend, elementwise, linear, matrix, pack, rope, sample};
+use super::{Cuda, RESERVE_BYTES, attend, elementwise, last_sampled, linear, matrix, pack, rope, sample};
 use crate::quantized;
 use crate::shape::{self, Dims, KvDims};
 use crate::{
@@ -141,28 +141,29 @@ impl Backend for Cuda {
         shape::step(step, self.kv_blocks)?;
         let plan = Plan::new(step, self.group);
         if self.words.send(&plan.words)? {
-            self.records.clear();
+            self.records.borrow_mut().clear();
         }
         let recordable = record && self.options.graphs && plan.decodes && plan.spans <= self.recorded_spans;
         let sizes = plan.sizes;
         self.plan = Some(plan);
         self.chosen = None;
-        let course = if recordable { self.records.course(sizes) } else { Course::Run };
+        let course = if recordable { self.records.borrow_mut().course(sizes) } else { Course::Run };
         let chosen = match course {
             Course::Run => {
                 body(self)?;
                 // Work space that moved is not where earlier records have it.
                 if self.products.take_moved() | self.attention.get_mut().take_moved() {
-                    self.records.clear();
+                    self.records.borrow_mut().clear();
                 }
                 self.chosen.take()
             }
             Course::Record => {
                 let record = self.record(&mut body)?;
-                self.records.keep(sizes, record);
-                self.records.replay(sizes)?.and_then(|record| record.chosen)
+                let mut records = self.records.borrow_mut();
+                records.keep(sizes, record);
+                records.replay(sizes)?
             }
-            Course::Replay => self.records.replay(sizes)?.and_then(|record| record.chosen),
+            Course::Replay => self.records.borrow().replay(sizes)?,
         };
         if let Some(chosen) = chosen {
             self.choices.fetch(chosen, step.sampled.len())?;
@@ -171,7 +172,16 @@ impl Backend for Cuda {
     }
 
     fn reset(&mut self) {
-        self.records.clear();
+        self.records.borrow_mut().clear();
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.reset();
+        (self.plan, self.chosen) = (None, None);
+        self.device.synchronize()?;
+        self.choices.forget();
+        self.last_sampled = last_sampled(&self.device)?;
+        Ok(())
     }
 
     fn embed(&mut self, step: &Step, table: &Table, out: &mut Buffer) -> Result<()> {

@@ -4,8 +4,9 @@ use std::rc::Rc;
 
 use half::bf16;
 
+use super::arena::Region;
 use super::device::Device;
-use super::memory::{ACTIVATIONS, KV_CACHE, Memory, Region};
+use super::memory::{ACTIVATIONS, KV_CACHE, Memory};
 use crate::shape::{BLOCK, Dims, KvDims};
 use crate::{DType, Error, Result};
 

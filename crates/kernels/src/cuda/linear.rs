@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::arena::Region;
 use super::buffer::Buffer;
 use super::device::{Arguments, Device, Launch};
 use super::fold::{FoldProgram, MAX_UNITS, Outputs, Parts, fold};
 use super::matrix::{Format, Matrix};
-use super::memory::{Region, Scratch};
+use super::memory::Scratch;
 use super::wide::{Operands, WIDE_ROWS, Wide};
 use crate::{Error, Result};
 

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::memory::Region;
+use super::arena::Region;
 use crate::SourceType;
 
 /// Rows of a tile, to a multiple of which rows are padded.

@@ -1,4 +1,4 @@
-//! Memory of the GPU: allocations, an arena for weights, and copies to and from it.
+//! Memory of the GPU: allocations, and copies to and from it.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,7 +9,7 @@ use super::device::{Device, failed};
 use crate::{Error, Result};
 
 /// Regions begin on a multiple of this: a line of the cache, and what the matrix units like.
-const ALIGNMENT: usize = 256;
+pub(crate) const ALIGNMENT: usize = 256;
 /// What memory is for. All else is counted as [`WORK_SPACE`].
 pub(crate) const WEIGHTS: &str = "weights";
 pub(crate) const ACTIVATIONS: &str = "activations";
@@ -109,75 +109,9 @@ impl Drop for Memory {
     }
 }
 
-/// A part of an allocation.
-#[derive(Debug, Clone)]
-pub(crate) struct Region {
-    memory: Rc<Memory>,
-    first: usize,
-}
-
-impl Region {
-    /// Its address on the device.
-    pub(crate) fn pointer(&self) -> u64 {
-        self.memory.pointer() + self.first as u64
-    }
-}
-
-/// Hands out regions of large allocations, so that small ones do not each take a page of the driver's.
-#[derive(Debug)]
-pub(crate) struct Arena {
-    device: Rc<Device>,
-    /// Size of an allocation; larger regions get their own.
-    chunk_bytes: usize,
-    /// The allocation in use, and how much of it is given away.
-    chunk: RefCell<Option<(Rc<Memory>, usize)>>,
-    uploader: Uploader,
-}
-
-impl Arena {
-    /// `chunk_bytes` 0 gives every region an allocation of its own, so that tests see accesses beyond its end.
-    pub(crate) fn new(device: &Rc<Device>, chunk_bytes: usize) -> Result<Self> {
-        let uploader = Uploader::new(device)?;
-        Ok(Self { device: device.clone(), chunk_bytes, chunk: RefCell::default(), uploader })
-    }
-
-    /// A region that holds `bytes`.
-    pub(crate) fn upload(&self, bytes: &[u8]) -> Result<Region> {
-        let region = self.region(bytes.len())?;
-        self.copy(region.pointer(), bytes)?;
-        Ok(region)
-    }
-
-    /// Begins to copy to an address that has room; returns when the source may be changed.
-    pub(crate) fn copy(&self, target: u64, bytes: &[u8]) -> Result<()> {
-        self.uploader.copy(target, bytes)
-    }
-
-    /// The device that it is on.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// A region of at least `bytes` bytes.
-    pub(crate) fn region(&self, bytes: usize) -> Result<Region> {
-        let bytes = bytes.next_multiple_of(ALIGNMENT);
-        if bytes > self.chunk_bytes {
-            let memory = Rc::new(Memory::allocate(&self.device, WEIGHTS, bytes)?);
-            return Ok(Region { memory, first: 0 });
-        }
-        let mut chunk = self.chunk.borrow_mut();
-        let (memory, used) = match chunk.take() {
-            Some((memory, used)) if used + bytes <= memory.bytes() => (memory, used),
-            _ => (Rc::new(Memory::allocate(&self.device, WEIGHTS, self.chunk_bytes)?), 0),
-        };
-        *chunk = Some((memory.clone(), used + bytes));
-        Ok(Region { memory, first: used })
-    }
-}
-
 /// Copies to the device through two page-locked buffers in turn: one is filled while the other travels.
 #[derive(Debug)]
-struct Uploader {
+pub(crate) struct Uploader {
     device: Rc<Device>,
     stages: [Pinned; 2],
     /// Which is next, and when each was last read.
@@ -185,12 +119,13 @@ struct Uploader {
 }
 
 impl Uploader {
-    fn new(device: &Rc<Device>) -> Result<Self> {
+    pub(crate) fn new(device: &Rc<Device>) -> Result<Self> {
         let stage = || Pinned::allocate(device, STAGE_BYTES);
         Ok(Self { device: device.clone(), stages: [stage()?, stage()?], turn: RefCell::default() })
     }
 
-    fn copy(&self, target: u64, bytes: &[u8]) -> Result<()> {
+    /// Begins to copy to an address that has room; returns when the source may be changed.
+    pub(crate) fn copy(&self, target: u64, bytes: &[u8]) -> Result<()> {
         let mut turn = self.turn.borrow_mut();
         for (index, part) in bytes.chunks(STAGE_BYTES).enumerate() {
             let stage = &self.stages[turn.0];

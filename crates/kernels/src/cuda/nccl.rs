@@ -6,6 +6,7 @@
 mod calls;
 mod library;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::ptr;
@@ -19,6 +20,7 @@ use self::library::{Config, Handle, IN_PROGRESS, Nccl, RawId, SUCCESS, Status};
 use super::Cuda;
 use super::device::{Device, failed};
 use super::memory::Memory;
+use super::record::Records;
 use crate::{Error, Result};
 
 /// Calls whose work may be ahead of the device. With more the driver's queue could fill, and this thread would wait in the driver,
@@ -76,6 +78,8 @@ pub struct Communicator {
     size: usize,
     /// What others send, and earlier ones that were too small: recorded steps still know them.
     inboxes: Vec<Memory>,
+    /// NCCL waits for those that name the communicator.
+    records: Rc<RefCell<Records>>,
     /// The ends of the latest calls.
     ahead: VecDeque<CudaEvent>,
 }
@@ -109,6 +113,7 @@ impl Communicator {
             rank,
             size,
             inboxes: Vec::new(),
+            records: cuda.records().clone(),
             ahead: VecDeque::new(),
         };
         let mut config = Config::non_blocking();
@@ -159,6 +164,7 @@ impl Communicator {
         if self.handle.is_null() {
             return;
         }
+        self.records.borrow_mut().clear();
         // SAFETY: a communicator whose work has ended.
         let finish = |it: &Self| it.accept("leaving NCCL", unsafe { (it.nccl.functions.finish)(it.handle) });
         let left = ended.and_then(|()| finish(self)).and_then(|()| self.settle("leaving NCCL", &mut go_on));
@@ -249,6 +255,7 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         // Who wants to leave in peace has closed it.
         self.abort();
+        self.records.borrow_mut().clear();
         let _ = self.device.synchronize();
     }
 }

@@ -5,9 +5,10 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
+use super::arena::{Arena, Region};
 use super::device::{Arguments, Launch};
 use super::matrix::{Format, Matrix, append_bf16, padded_rows};
-use super::memory::{Arena, Region, Scratch};
+use super::memory::Scratch;
 use crate::{Error, QuantizedBlock, Result, RowBlock, SourceType};
 
 const THREADS: usize = 256;

@@ -21,7 +21,7 @@ pub(crate) struct Records {
 pub(crate) struct Record {
     graph: CudaGraph,
     /// Where it leaves the tokens that it chooses, if it does.
-    pub(crate) chosen: Option<u64>,
+    chosen: Option<u64>,
 }
 
 /// What to do with a step.
@@ -46,11 +46,11 @@ impl Records {
         }
     }
 
-    /// Replays the record of these sizes, if there is one.
-    pub(crate) fn replay(&self, sizes: Sizes) -> Result<Option<&Record>> {
+    /// Replays the record of these sizes: where it leaves the tokens that it chooses, if it does.
+    pub(crate) fn replay(&self, sizes: Sizes) -> Result<Option<u64>> {
         let Some(record) = self.graphs.get(&sizes) else { return Ok(None) };
         record.graph.launch().map_err(|e| failed("replaying a step", e))?;
-        Ok(Some(record))
+        Ok(record.chosen)
     }
 
     /// Keeps a record.

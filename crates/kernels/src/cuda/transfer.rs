@@ -108,6 +108,11 @@ impl Choices {
         self.under_way.front().map_or(Ok(true), |(_, _, arrived)| self.device.has_come_to(arrived))
     }
 
+    /// Nobody will ask for them any more; they have arrived.
+    pub(crate) fn forget(&mut self) {
+        self.under_way.clear();
+    }
+
     /// Waits for the oldest.
     pub(crate) fn take(&mut self) -> Result<Vec<Choice>> {
         let (stage, count, arrived) = self.under_way.pop_front().ok_or_else(crate::sample::nothing_asked)?;

@@ -9,7 +9,7 @@ use std::thread;
 
 use super::origin::Origin;
 use super::piece::Piece;
-use super::request::Request;
+use super::request::Reading;
 use crate::error::{Error, Result};
 
 /// More readers do not make disks faster that are known.
@@ -25,13 +25,13 @@ pub fn readers() -> usize {
 /// Gives `work` the pieces of all requests, in order, which are read while it works.
 pub(crate) fn read_ahead<T>(
     origin: &Origin,
-    requests: &[Request],
+    readings: &[Reading],
     work: impl FnOnce(&mut Pieces<'_, '_>) -> Result<T>,
 ) -> Result<T> {
-    let readers = readers().min(requests.len());
+    let readers = readers().min(readings.len());
     let state =
         State { next: 0, done: HashMap::new(), buffers: vec![Vec::new(); readers + WAITING], ended: false };
-    let queue = Queue { origin, requests, state: Mutex::new(state), changed: Condvar::new() };
+    let queue = Queue { origin, readings, state: Mutex::new(state), changed: Condvar::new() };
     thread::scope(|scope| {
         let _done = Done(&queue);
         for index in 0..readers {
@@ -47,7 +47,7 @@ pub(crate) fn read_ahead<T>(
 /// What readers and the loader share.
 struct Queue<'a> {
     origin: &'a Origin,
-    requests: &'a [Request],
+    readings: &'a [Reading],
     state: Mutex<State<'a>>,
     changed: Condvar,
 }
@@ -68,7 +68,7 @@ impl<'a> Queue<'a> {
     fn read(&self) {
         let _alive = Alive(self);
         while let Some((index, buffer)) = self.begin() {
-            let piece = self.origin.read(&self.requests[index], buffer);
+            let piece = self.origin.read(&self.readings[index].request, buffer);
             self.lock().done.insert(index, piece);
             self.changed.notify_all();
         }
@@ -78,7 +78,7 @@ impl<'a> Queue<'a> {
     fn begin(&self) -> Option<(usize, Vec<u8>)> {
         let mut state = self.lock();
         loop {
-            if state.ended || state.next == self.requests.len() {
+            if state.ended || state.next == self.readings.len() {
                 return None;
             }
             if let Some(buffer) = state.buffers.pop() {
@@ -95,7 +95,7 @@ impl<'a> Queue<'a> {
             if let Some(piece) = state.done.remove(&index) {
                 return piece;
             }
-            if state.ended || index >= self.requests.len() {
+            if state.ended || index >= self.readings.len() {
                 return Err(failed("a thread that reads the checkpoint has ended".into()));
             }
             state = self.wait(state);
@@ -124,10 +124,10 @@ pub(crate) struct Pieces<'q, 'a> {
 
 impl<'a> Pieces<'_, 'a> {
     /// The next piece and the request that it is for; waits for it. It comes back by [`Pieces::give_back`].
-    pub(crate) fn take(&mut self) -> Result<(&'a Request, Piece<'a>)> {
+    pub(crate) fn take(&mut self) -> Result<(&'a Reading, Piece<'a>)> {
         let piece = self.queue.take(self.taken)?;
         self.taken += 1;
-        Ok((&self.queue.requests[self.taken - 1], piece))
+        Ok((&self.queue.readings[self.taken - 1], piece))
     }
 
     /// Lets the memory of a piece be used for others.
@@ -166,14 +166,14 @@ fn failed(why: String) -> Error {
 mod tests {
     use super::*;
     use crate::config::{Config, Preset};
-    use crate::weights::request::requests;
-    use crate::weights::{RandomWeights, Share};
+    use crate::weights::request::readings;
+    use crate::weights::{Cut, RandomWeights, Share};
 
-    fn with_pieces<T>(work: impl FnOnce(&[Request], &mut Pieces<'_, '_>) -> Result<T>) -> Result<T> {
-        let config = Config::preset(Preset::Tiny);
-        let origin = Origin::Random(RandomWeights::new(&config));
-        let list =
-            requests(&origin, &config, &engine::units(&config.shape), &Share { layers: 0..2, units: 0..2 });
+    fn with_pieces<T>(work: impl FnOnce(&[Reading], &mut Pieces<'_, '_>) -> Result<T>) -> Result<T> {
+        let config = &Config::preset(Preset::Tiny);
+        let origin = Origin::Random(RandomWeights::new(config));
+        let cut = Cut { config, origin: &origin, units: &engine::units(&config.shape) };
+        let list = readings(cut, &Share { layers: 0..2, units: 0..2 }, &|_| false);
         read_ahead(&origin, &list, |pieces| work(&list, pieces))
     }
 
@@ -181,8 +181,8 @@ mod tests {
     fn pieces_come_in_the_order_of_their_requests() {
         let count = with_pieces(|list, pieces| {
             for wanted in list {
-                let (request, piece) = pieces.take()?;
-                assert_eq!(request, wanted);
+                let (reading, piece) = pieces.take()?;
+                assert_eq!(reading, wanted);
                 pieces.give_back(piece);
             }
             assert!(pieces.take().is_err());

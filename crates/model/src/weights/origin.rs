@@ -4,7 +4,7 @@ use kernels::SourceType;
 
 use super::piece::Piece;
 use super::random::RandomWeights;
-use super::request::Request;
+use super::request::{Reading, Request};
 use crate::checkpoint::Checkpoint;
 use crate::config::Quantization;
 use crate::error::Result;
@@ -54,5 +54,10 @@ impl Origin {
         };
         let slices = request.slices(shape).into_iter();
         slices.map(|(tensor, rows, cols)| (rows * cols * bits(tensor) / 8) as u64).sum()
+    }
+
+    /// Likewise, for several.
+    pub(crate) fn bytes_of(&self, readings: &[Reading]) -> u64 {
+        readings.iter().map(|reading| self.bytes(&reading.request)).sum()
     }
 }

@@ -202,8 +202,8 @@ fn stretched<T: Copy>(numbers: &[T], len: usize) -> Cow<'_, [T]> {
 mod tests {
     use super::*;
     use crate::config::Preset;
-    use crate::weights::request::requests;
-    use crate::weights::{Origin, Share, Weights};
+    use crate::weights::request::readings;
+    use crate::weights::{Cut, Origin, Parts, Share, Weights};
     use kernels::{Cpu, DType};
 
     fn config(bits: Option<usize>) -> Config {
@@ -219,10 +219,15 @@ mod tests {
             for (held, layers) in [(0..2, 0..2), (1..2, 0..2), (0..2, 0..1), (1..2, 1..2)] {
                 let mut told = (0, 0);
                 let backend = Cpu::new(1).unwrap();
-                let progress: &mut dyn FnMut(u64, u64) = &mut |bytes, all| told = (bytes, all);
+                let mut parts = Parts::default();
                 let share = Share { layers: layers.clone(), units: held.clone() };
-                let weights =
-                    Weights::load(&backend, &config, &origin, &units, &share, DType::Bf16, progress).unwrap();
+                let cut = Cut { config: &config, origin: &origin, units: &units };
+                let progress = &mut |bytes, all| {
+                    told = (bytes, all);
+                    Ok(())
+                };
+                parts.become_share(&backend, cut, &share, DType::Bf16, progress).unwrap();
+                let weights = Weights::of(&mut parts, &share, &config.shape).unwrap();
                 assert_eq!(weights.layers.len(), layers.len());
                 assert!(weights.layers.iter().all(|layer| layer.gate_up.len() == held.len()));
                 let (first, last) = (layers.start == 0, layers.end == 2);
@@ -245,14 +250,14 @@ mod tests {
         let config = config(Some(4));
         let random = RandomWeights::new(&config);
         let origin = Origin::Random(RandomWeights::new(&config));
-        let units = engine::units(&config.shape);
-        let list = requests(&origin, &config, &units, &Share { layers: 0..2, units: 0..2 });
+        let cut = Cut { config: &config, origin: &origin, units: &engine::units(&config.shape) };
+        let list = readings(cut, &Share { layers: 0..2, units: 0..2 }, &|_| false);
         let deviation = |numbers: &[f32]| {
             (numbers.iter().map(|x| x * x).sum::<f32>() / numbers.len() as f32).sqrt() * 128f32.sqrt()
         };
         let quantized: Vec<Vec<f32>> = list
             .iter()
-            .filter_map(|request| match random.piece(request) {
+            .filter_map(|reading| match random.piece(&reading.request) {
                 Piece::Quantized(matrices) => Some(matrices),
                 Piece::Plain { .. } => None,
             })

@@ -1,13 +1,11 @@
-//! What is read for a rank's weights, in the order in which matrices are made of it.
+//! What is read for a rank's weights, in the order in which they are made of it.
 
 use std::ops::Range;
 
 use engine::Unit;
-use kernels::Tree;
 
-use super::origin::Origin;
+use super::parts::{Cut, Part};
 use super::{Share, ffn_width};
-use crate::config::Config;
 use crate::names::{LayerTensor, Tensor};
 
 /// What is read at a time: enough for one matrix or more.
@@ -41,67 +39,63 @@ impl Request {
     }
 }
 
-/// The requests of a rank: in the first stage embedding tables, then layer after layer its norm, qkv, o, norm, gate and up, down; then,
-/// in the last stage, the final norm and the head.
-pub(crate) fn requests(origin: &Origin, config: &Config, units: &[Unit], share: &Share) -> Vec<Request> {
-    let Share { layers, units: held } = share;
-    let mut list =
-        List { origin, config, all_units: units, units: &units[held.clone()], requests: Vec::new() };
-    if layers.start == 0 {
-        for part in (Tree { units: units.len() }).subtrees(held) {
-            let rows = units[part.start].vocab.start..units[part.end - 1].vocab.end;
-            list.rows(vec![(Tensor::Embedding, rows)], 0);
-        }
-    }
-    for index in layers.clone() {
-        list.layer(index);
-    }
-    if layers.end == config.shape.layers {
-        list.vector(Tensor::Norm);
-        for unit in list.units {
-            list.rows(vec![(Tensor::Head, unit.vocab.clone())], 0);
-        }
-    }
-    list.requests
+/// A request, and the weights that are made of it, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Reading {
+    pub(crate) request: Request,
+    pub(crate) parts: Vec<Part>,
 }
 
-/// Of [`requests`] those of one layer.
-pub(crate) fn layer_requests(
-    origin: &Origin,
-    config: &Config,
-    units: &[Unit],
-    layer: usize,
-    held: Range<usize>,
-) -> Vec<Request> {
-    let mut list = List { origin, config, all_units: units, units: &units[held], requests: Vec::new() };
+/// What is read for a share: in the first stage embedding tables, then layer after layer its norm, qkv, o, norm, gate and up, down; then,
+/// in the last stage, the final norm and the head. Whatever it `has` is left out.
+pub(crate) fn readings(cut: Cut<'_>, share: &Share, has: &dyn Fn(&Part) -> bool) -> Vec<Reading> {
+    let units = &cut.units[share.units.clone()];
+    let mut list = List { cut, units, has, readings: Vec::new() };
+    for part in share.tables(cut.units.len()) {
+        let rows = cut.units[part.start].vocab.start..cut.units[part.end - 1].vocab.end;
+        list.rows(Part::Table(part), vec![(Tensor::Embedding, rows)], 0);
+    }
+    for index in share.layers.clone() {
+        list.layer(index);
+    }
+    if share.layers.end == cut.config.shape.layers {
+        list.vector(Tensor::Norm);
+        for unit in list.units {
+            list.rows(Part::Matrix(Tensor::Head, unit.index), vec![(Tensor::Head, unit.vocab.clone())], 0);
+        }
+    }
+    list.readings
+}
+
+/// Of [`readings`] those of one layer.
+pub(crate) fn layer_readings(cut: Cut<'_>, layer: usize, units: Range<usize>) -> Vec<Reading> {
+    let mut list = List { cut, units: &cut.units[units], has: &|_| false, readings: Vec::new() };
     list.layer(layer);
-    list.requests
+    list.readings
 }
 
 /// A tensor and the run of its rows that a unit holds.
-type Part<'a> = (Tensor, &'a dyn Fn(&Unit) -> Range<usize>);
+type Tall<'a> = (Tensor, &'a dyn Fn(&Unit) -> Range<usize>);
 
 struct List<'a> {
-    origin: &'a Origin,
-    config: &'a Config,
-    /// Of the model.
-    all_units: &'a [Unit],
+    cut: Cut<'a>,
     /// Of this rank.
     units: &'a [Unit],
-    requests: Vec<Request>,
+    has: &'a dyn Fn(&Part) -> bool,
+    readings: Vec<Reading>,
 }
 
-impl List<'_> {
+impl<'a> List<'a> {
     fn layer(&mut self, index: usize) {
         let tensor = |part| Tensor::Layer(index, part);
-        let d = self.config.shape.head_dim;
+        let d = self.cut.config.shape.head_dim;
         let columns = |heads: &Range<usize>| heads.start * d..heads.end * d;
         let queries = |unit: &Unit| columns(&unit.heads);
         let kv = |unit: &Unit| columns(&(unit.index..unit.index + 1));
         let ffn = |unit: &Unit| unit.ffn.clone();
         let padding = |unit: &Unit| ffn_width(unit) - unit.ffn.len();
         self.vector(tensor(LayerTensor::AttentionNorm));
-        let parts: [Part<'_>; 3] = [
+        let parts: [Tall<'_>; 3] = [
             (tensor(LayerTensor::Q), &queries),
             (tensor(LayerTensor::K), &kv),
             (tensor(LayerTensor::V), &kv),
@@ -109,29 +103,47 @@ impl List<'_> {
         self.stacked(&parts, |_| 0);
         self.columns(tensor(LayerTensor::O), queries, |_| 0);
         self.vector(tensor(LayerTensor::FfnNorm));
-        let parts: [Part<'_>; 2] = [(tensor(LayerTensor::Gate), &ffn), (tensor(LayerTensor::Up), &ffn)];
+        let parts: [Tall<'_>; 2] = [(tensor(LayerTensor::Gate), &ffn), (tensor(LayerTensor::Up), &ffn)];
         self.stacked(&parts, padding);
         self.columns(tensor(LayerTensor::Down), ffn, padding);
     }
 
     fn vector(&mut self, tensor: Tensor) {
-        self.rows(vec![(tensor, 0..1)], 0);
+        self.rows(Part::Vector(tensor), vec![(tensor, 0..1)], 0);
     }
 
-    fn rows(&mut self, parts: Vec<(Tensor, Range<usize>)>, padding: usize) {
-        self.requests.push(Request::Rows { parts, padding });
+    fn rows(&mut self, part: Part, parts: Vec<(Tensor, Range<usize>)>, padding: usize) {
+        if !(self.has)(&part) {
+            self.readings.push(Reading { request: Request::Rows { parts, padding }, parts: vec![part] });
+        }
+    }
+
+    /// The units whose slices of a tensor are not there.
+    fn lacking(&self, tensor: Tensor) -> Vec<&'a Unit> {
+        self.units.iter().filter(|unit| !(self.has)(&Part::Matrix(tensor, unit.index))).collect()
     }
 
     /// For each unit a matrix of runs of rows of several tensors, with `padding` rows of zeros behind each. Quantised tensors, which
     /// are not stored row by row, are read once for all units; config and shard plan leave no unit of theirs to be padded.
-    fn stacked(&mut self, parts: &[Part<'_>], padding: impl Fn(&Unit) -> usize) {
-        if parts.iter().any(|(tensor, _)| self.origin.quantization(*tensor).is_some()) {
-            let of_units = |(tensor, run): &Part<'_>| (*tensor, self.units.iter().map(run).collect());
-            let parts = parts.iter().map(of_units).collect();
-            return self.requests.push(Request::QuantizedRows { parts });
+    fn stacked(&mut self, parts: &[Tall<'_>], padding: impl Fn(&Unit) -> usize) {
+        let Some(&(first, _)) = parts.first() else { return };
+        if parts.iter().any(|(tensor, _)| self.cut.origin.quantization(*tensor).is_some()) {
+            let units = self.lacking(first);
+            let of_units = |(tensor, run): &Tall<'_>| (*tensor, units.iter().map(|unit| run(unit)).collect());
+            let request = Request::QuantizedRows { parts: parts.iter().map(of_units).collect() };
+            return self.read(request, first, &units);
         }
         for unit in self.units {
-            self.rows(parts.iter().map(|(tensor, run)| (*tensor, run(unit))).collect(), padding(unit));
+            let slices = parts.iter().map(|(tensor, run)| (*tensor, run(unit))).collect();
+            self.rows(Part::Matrix(first, unit.index), slices, padding(unit));
+        }
+    }
+
+    /// A request that gives these units' slices of a tensor, unless there are none.
+    fn read(&mut self, request: Request, tensor: Tensor, units: &[&Unit]) {
+        if !units.is_empty() {
+            let parts = units.iter().map(|unit| Part::Matrix(tensor, unit.index)).collect();
+            self.readings.push(Reading { request, parts });
         }
     }
 
@@ -146,15 +158,17 @@ impl List<'_> {
         run: impl Fn(&Unit) -> Range<usize>,
         padding: impl Fn(&Unit) -> usize,
     ) {
-        let Some(quantization) = self.origin.quantization(tensor) else {
-            let runs = self.units.iter().map(|unit| (run(unit), padding(unit))).collect();
-            return self.requests.push(Request::Columns { tensor, runs });
+        let units = self.lacking(tensor);
+        let Some(quantization) = self.cut.origin.quantization(tensor) else {
+            let runs = units.iter().map(|unit| (run(unit), padding(unit))).collect();
+            return self.read(Request::Columns { tensor, runs }, tensor, &units);
         };
-        let [_, cols] = tensor.shape(&self.config.shape);
-        let borders = self.all_units.iter().map(|unit| run(unit).start);
+        let [_, cols] = tensor.shape(&self.cut.config.shape);
+        let borders = self.cut.units.iter().map(|unit| run(unit).start);
         let group_size = borders.fold(quantization.group_of(cols), greatest_common_divisor);
-        let of_unit = |unit| Request::QuantizedColumns { tensor, run: run(unit), group_size };
-        self.requests.extend(self.units.iter().map(of_unit));
+        for unit in units {
+            self.read(Request::QuantizedColumns { tensor, run: run(unit), group_size }, tensor, &[unit]);
+        }
     }
 }
 

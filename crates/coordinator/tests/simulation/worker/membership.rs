@@ -182,6 +182,7 @@ impl<'a> Membership<'a> {
                     epoch: Some(epoch.into()),
                     kv_blocks: limits.kv_blocks,
                     weight_bytes: 1,
+                    loaded_bytes: 0,
                     connect_micros: 1,
                     load_micros: pace.load.as_micros() as u64,
                     steps_in_flight: limits.steps_in_flight,
