@@ -259,6 +259,10 @@ impl<'a> Draft<'a> {
         places.sort_unstable();
         for (_, g, t) in places {
             let (report, team) = (self.groups[g].report, &self.groups[g].teams[t]);
+            let (_, most) = self.policy.shape.widths(report.units as usize);
+            if team.members.len() >= most {
+                continue;
+            }
             let Some(next) = self.roomiest(team, report) else { continue };
             let wider: Vec<_> = team.members.iter().copied().chain([next]).collect();
             if self.room(team, &wider, report) >= self.room(team, &team.members, report) {

@@ -56,6 +56,7 @@ impl Coordinator {
             heartbeats: Heartbeats::default(),
             incidents: Incidents::default(),
             joined: clock::now(),
+            newcomers: false,
             workers: BTreeMap::new(),
             replicas: BTreeMap::new(),
             state: state_sender,
@@ -73,6 +74,8 @@ struct Leader {
     incidents: Incidents,
     /// When the last worker joined, or the coordinator started.
     joined: Instant,
+    /// Workers have joined since groups were formed: however many come at once, they are looked at once.
+    newcomers: bool,
     workers: BTreeMap<WorkerId, Connection>,
     /// The requests of each group that has served.
     replicas: BTreeMap<u32, Replica>,
@@ -105,6 +108,10 @@ impl Leader {
             while let Ok(command) = inbox.try_recv() {
                 self.handle(command);
             }
+            if std::mem::take(&mut self.newcomers) {
+                let effects = self.groups.muster(false);
+                self.perform(effects);
+            }
             self.plan_steps();
         }
     }
@@ -134,8 +141,7 @@ impl Leader {
             }
             Command::Join { newcomer, session, down, reply } => {
                 let _ = reply.send(self.join(*newcomer, session, down));
-                let effects = self.groups.muster(false);
-                self.perform(effects);
+                self.newcomers = true;
             }
             Command::Heartbeat { worker, progress } => {
                 if self.workers.contains_key(&worker) {
