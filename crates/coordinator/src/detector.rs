@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Activity, WorkerId};
 use engine::{Epoch, StepId};
 
-use crate::heartbeats::{Heartbeats, Seen};
+use crate::heartbeats::Heartbeats;
 
 /// A step may take so many times what its rows took at their slowest.
 const SLACK: u32 = 8;
@@ -32,8 +32,6 @@ pub(crate) struct Detector {
     in_flight: VecDeque<Planned>,
     /// When the oldest step in flight was the only thing left to wait for.
     since: Option<Instant>,
-    /// When the last epoch with steps in flight was over, and how long they may still have taken.
-    over: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +52,7 @@ pub(crate) struct Hang {
 impl Detector {
     /// Gives no rank up before it has made no progress for `shortest`.
     pub(crate) fn new(shortest: Duration) -> Self {
-        Self { shortest, pace: None, in_flight: VecDeque::new(), since: None, over: None }
+        Self { shortest, pace: None, in_flight: VecDeque::new(), since: None }
     }
 
     /// A step is on its way to all ranks.
@@ -73,26 +71,23 @@ impl Detector {
         Some((rows, took))
     }
 
-    /// No step is in flight any more: the group was lost.
-    pub(crate) fn reset(&mut self, now: Instant) {
-        if let Some(rows) = self.in_flight.iter().map(|planned| planned.rows).max() {
-            self.over = Some((now, self.deadline(rows)));
-        }
-        self.in_flight.clear();
+    /// No step is in flight any more: the group was lost. Returns how long its ranks may still take for what they are in.
+    pub(crate) fn reset(&mut self) -> Duration {
+        let rows = self.in_flight.drain(..).map(|planned| planned.rows).max().unwrap_or(0);
         self.since = None;
+        self.deadline(rows)
     }
 
-    /// The rank that keeps the group of `ranks`, those of all stages, from getting on, if none has for too long.
+    /// The rank that keeps the group of `ranks`, those of all stages, of which `sampler` sends the outputs, from getting on, if none has for too long.
     pub(crate) fn hang(
         &self,
         heartbeats: &Heartbeats,
         epoch: Epoch,
         ranks: &[WorkerId],
+        sampler: usize,
         now: Instant,
     ) -> Option<Hang> {
-        let Some((step, since)) = self.in_flight.front().zip(self.since) else {
-            return self.lingers(heartbeats, epoch, ranks, now);
-        };
+        let (step, since) = (self.in_flight.front()?, self.since?);
         let deadline = self.deadline(step.rows);
         let seen: Vec<_> = ranks.iter().map(|worker| heartbeats.last(*worker)).collect();
         let last = seen.iter().flatten().map(|seen| seen.changed).max().unwrap_or(since).max(since);
@@ -125,29 +120,7 @@ impl Detector {
             return hang(most, "is waited for by others that wait for each other in");
         }
         // All have done their part.
-        hang(0, "has sent no output of")
-    }
-
-    /// The rank that keeps the group from forming, for it hangs in a step of an epoch that is over: it was told so, but what it
-    /// holds is free only when that step has ended.
-    fn lingers(
-        &self,
-        heartbeats: &Heartbeats,
-        epoch: Epoch,
-        ranks: &[WorkerId],
-        now: Instant,
-    ) -> Option<Hang> {
-        let (over, deadline) = self.over?;
-        let lingers = |(rank, worker): (usize, &WorkerId)| {
-            let Seen { progress, changed, .. } = heartbeats.last(*worker)?;
-            let past = progress.epoch.filter(|past| *past != epoch)?;
-            let time = now.saturating_duration_since(over.max(changed));
-            let hangs = progress.activity == Activity::Computing && time >= deadline;
-            let reason =
-                || format!("does not leave epoch {past}, which is over, for {:.1} s", time.as_secs_f64());
-            hangs.then(|| Hang { rank, reason: reason() })
-        };
-        ranks.iter().enumerate().find_map(lingers)
+        hang(sampler, "has sent no output of")
     }
 
     fn deadline(&self, rows: usize) -> Duration {
@@ -161,10 +134,12 @@ impl Detector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heartbeats::Seen;
     use cluster::Progress;
 
     const EPOCH: Epoch = Epoch { term: 1, counter: 4 };
     const RANKS: [WorkerId; 3] = [WorkerId(7), WorkerId(8), WorkerId(9)];
+    const SAMPLER: usize = 2;
     const SECOND: Duration = Duration::from_secs(1);
 
     struct Scene {
@@ -195,7 +170,7 @@ mod tests {
         }
 
         fn hang(&self) -> Option<(usize, String)> {
-            let hang = self.detector.hang(&self.heartbeats, EPOCH, &RANKS, self.now);
+            let hang = self.detector.hang(&self.heartbeats, EPOCH, &RANKS, SAMPLER, self.now);
             hang.map(|hang| (hang.rank, hang.reason))
         }
 
@@ -274,7 +249,7 @@ mod tests {
         assert_eq!(scene.hang(), None);
         scene.pass(SECOND);
         assert_eq!(scene.hang(), Some((0, "does not tell of step 0 for 120.0 s".into())));
-        scene.detector.reset(scene.now);
+        assert_eq!(scene.detector.reset(), UNMEASURED);
         assert_eq!(scene.hang(), None);
     }
 
@@ -289,36 +264,13 @@ mod tests {
         assert_eq!(scene.hang(), Some((1, "has not begun step 1 for 5.0 s".into())));
         (0..3).for_each(|rank| scene.hear(rank, Activity::Idle, 1, None));
         scene.pass(5 * SECOND);
-        assert_eq!(scene.hang(), Some((0, "has sent no output of step 1 for 5.0 s".into())));
+        assert_eq!(scene.hang(), Some((SAMPLER, "has sent no output of step 1 for 5.0 s".into())));
         // A cut link: each waits for another.
         scene.hear(0, Activity::Computing, 1, Some(2));
         scene.hear(1, Activity::Computing, 1, Some(2));
         scene.hear(2, Activity::Computing, 1, Some(0));
         scene.pass(5 * SECOND);
         assert_eq!(scene.hang().map(|(rank, _)| rank), Some(2));
-    }
-
-    #[test]
-    fn whoever_does_not_leave_an_epoch_that_is_over_is_named() {
-        let mut scene = Scene::new();
-        scene.detector.planned(StepId(1), 1, scene.now);
-        (0..3).for_each(|rank| scene.hear(rank, Activity::Computing, 1, (rank != 1).then_some(1)));
-        scene.pass(4 * SECOND);
-        scene.detector.reset(scene.now);
-        let next = Epoch { counter: EPOCH.counter + 1, ..EPOCH };
-        let hang = |scene: &Scene| {
-            let hang = scene.detector.hang(&scene.heartbeats, next, &RANKS, scene.now);
-            hang.map(|hang| (hang.rank, hang.reason))
-        };
-        // The others have heard of it; one loads for the epoch before, and is not cut short.
-        let progress = Progress { epoch: Some(next), activity: Activity::Loading, ..Progress::default() };
-        scene.heartbeats.heard(RANKS[0], progress, scene.now);
-        scene.hear(2, Activity::Loading, 1, None);
-        scene.pass(4 * SECOND);
-        assert_eq!(hang(&scene), None);
-        scene.pass(SECOND);
-        let reason = "does not leave epoch 1.4, which is over, for 5.0 s";
-        assert_eq!(hang(&scene), Some((1, reason.into())));
     }
 
     #[test]

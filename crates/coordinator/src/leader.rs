@@ -231,6 +231,8 @@ impl Leader {
         if effects.is_empty() {
             return self.tell_state();
         }
+        // How long members of the group that was lost last may still take for what they are in.
+        let mut may_take = None;
         for effect in effects {
             match effect {
                 Effect::Lost(loss) => {
@@ -239,9 +241,7 @@ impl Leader {
                     let detect =
                         heard.map(|seen| now.saturating_duration_since(seen.heard)).unwrap_or_default();
                     info!(group = loss.group, epoch = %loss.epoch, cause = loss.cause, "the epoch is over");
-                    if let Some(replica) = self.replicas.get_mut(&loss.group) {
-                        replica.lost(now);
-                    }
+                    may_take = self.replicas.get_mut(&loss.group).map(|replica| replica.lost(now));
                     self.incidents.lost(loss, detect, now);
                 }
                 Effect::Assign(worker, assignment) => {
@@ -251,6 +251,9 @@ impl Leader {
                 }
                 Effect::Abandon(worker, epoch) => {
                     info!(%worker, %epoch, "abandoned");
+                    if let Some(may_take) = may_take {
+                        self.heartbeats.leaves(worker, clock::now(), may_take);
+                    }
                     if let Some(connection) = self.workers.get_mut(&worker) {
                         connection.plans = None;
                     }

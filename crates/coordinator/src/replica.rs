@@ -84,11 +84,11 @@ impl Replica {
         running + waiting
     }
 
-    /// The epoch is over: no step is in flight any more.
-    pub(crate) fn lost(&mut self, now: Instant) {
+    /// The epoch is over: no step is in flight any more. Returns how long ranks may still take for those that were.
+    pub(crate) fn lost(&mut self, now: Instant) -> Duration {
         self.steps.clear();
-        self.detector.reset(now);
         (self.pace.lost, self.pace.serves) = (Some(now), None);
+        self.detector.reset()
     }
 
     /// Whether what a formation costs the requests is little beside how long they have been served.

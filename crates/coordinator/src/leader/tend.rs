@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use engine::{Event, StepId};
+use engine::{Epoch, Event, StepId};
 use tracing::info;
 
 use super::Leader;
@@ -16,8 +16,9 @@ const SETTLE: Duration = Duration::from_millis(500);
 impl Leader {
     /// Looks after the groups, once in a heartbeat's interval.
     pub(super) fn tend(&mut self, now: Instant) {
-        for number in self.replicas.keys().copied().collect::<Vec<_>>() {
-            self.give_up_a_hang(number, now);
+        let standing: Vec<_> = self.groups.standing().map(|(group, epoch)| (group.number, epoch)).collect();
+        for (number, epoch) in standing {
+            self.give_up_a_hang(number, epoch, now);
         }
         let settled = |time| now.saturating_duration_since(self.joined) >= time;
         if settled(self.config.gather) {
@@ -38,14 +39,14 @@ impl Leader {
     }
 
     /// Dismisses the member that keeps a group from getting on.
-    fn give_up_a_hang(&mut self, number: u32, now: Instant) {
-        let members = self.groups.members(number);
-        let Some((_, epoch)) = members.first().and_then(|member| self.groups.seat(*member)) else { return };
-        let hang = self
-            .replicas
-            .get(&number)
-            .and_then(|replica| replica.detector.hang(&self.heartbeats, epoch, members, now));
-        if let Some(hang) = hang {
+    fn give_up_a_hang(&mut self, number: u32, epoch: Epoch, now: Instant) {
+        let (members, heartbeats) = (self.groups.members(number), &self.heartbeats);
+        let sampler = self.groups.sampler(number).map(|(_, sampler)| sampler);
+        let sampler = members.iter().position(|member| Some(*member) == sampler);
+        let replica = self.replicas.get(&number).zip(sampler);
+        let in_step =
+            || replica.and_then(|(r, sampler)| r.detector.hang(heartbeats, epoch, members, sampler, now));
+        if let Some(hang) = heartbeats.lingers(epoch, members, now).or_else(in_step) {
             self.fail(members[hang.rank], epoch, &hang.reason, None);
         }
     }

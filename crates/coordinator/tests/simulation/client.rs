@@ -128,7 +128,7 @@ impl Answer {
         let right = if stops { FinishReason::Stop } else { FinishReason::Length };
         let whole = self.tokens.len() == self.expected.len();
         let counted = Usage { prompt_tokens, completion_tokens, cached_tokens: usage.cached_tokens };
-        if !whole || usage != counted || usage.cached_tokens >= prompt_tokens || reason != right {
+        if !whole || usage != counted || usage.cached_tokens > prompt_tokens || reason != right {
             let after = self.tokens.len();
             return self.wrong(&format!("{reason:?} with {usage:?} after {after} tokens"));
         }

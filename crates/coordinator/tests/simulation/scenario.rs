@@ -90,7 +90,8 @@ impl Scenario {
     /// Whether a group of so many ranks is as wide as can be when all workers are there; several share them as they like.
     pub(crate) fn is_full_width(&self, ranks: usize) -> bool {
         let (_, most) = self.policy.shape.widths(self.units as usize);
-        self.policy.replicas > 1 || ranks == most.min(self.workers.len())
+        let (_, stages) = self.policy.shape.stages();
+        self.policy.replicas > 1 || stages > 1 || ranks == most.min(self.workers.len())
     }
 }
 
@@ -118,17 +119,18 @@ impl Chance {
     fn scenario(mut self) -> Scenario {
         let workers = self.0.random_range(1..=6);
         let units: u32 = [2, 4, 8][self.0.random_range(0..3)];
-        let ranks = self.0.random_range(1..=workers.min(units as usize));
+        let stages = if self.often(0.4) { self.0.random_range(1..=workers.min(3)) } else { 1 };
+        let ranks = self.0.random_range(1..=(workers / stages).min(units as usize));
         let min_ranks = self.0.random_range(1..=ranks);
         let auto = self.often(0.3);
         let shape =
-            if auto { Shape::Auto { max_stages: 1 } } else { Shape::Fixed { stages: 1, ranks, min_ranks } };
+            if auto { Shape::Auto { max_stages: stages } } else { Shape::Fixed { stages, ranks, min_ranks } };
         // All together have room for the model, or each by itself.
         let needed = if auto { workers } else { ranks } as u32;
         let fitting = if self.often(0.3) { units.div_ceil(needed) } else { units };
         let mut faults: Vec<_> = (0..self.0.random_range(0..=10)).map(|_| self.fault(workers)).collect();
         faults.sort_by_key(|(at, _)| *at);
-        let replicas = if self.often(0.3) { 2 } else { 1 };
+        let replicas = if self.often(0.4) { self.0.random_range(2..=3) } else { 1 };
         let max_waiting = if self.often(0.1) { 2 } else { 1024 };
         Scenario {
             coordinators: self.0.random_range(1..=3),
