@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::Args;
 use client::{Client, ClusterStatus, GroupStatus, Incident, WorkerStatus};
 use futures_util::StreamExt;
+use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
 use crate::signals::Signals;
@@ -109,12 +110,11 @@ fn text(status: &ClusterStatus, now: SystemTime) -> String {
 }
 
 fn describe(worker: &WorkerStatus) -> String {
-    let WorkerStatus { worker: id, address, host, zone, device, memory, activity, heartbeat_millis, .. } =
-        worker;
+    let WorkerStatus { worker: id, address, host, zone, device, activity, heartbeat_millis, .. } = worker;
     let zone = if zone.is_empty() { String::new() } else { format!(" zone {zone}") };
-    let gib = *memory as f64 / f64::from(1 << 30);
+    let [memory, held] = [worker.memory, worker.held_bytes].map(HumanBytes);
     format!(
-        "worker {id} at {address} ({host}{zone}, {device}, {gib:.1} GiB): {activity}, heard {heartbeat_millis} ms ago"
+        "worker {id} at {address} ({host}{zone}, {device}, {memory}): {activity}, holds {held}, heard {heartbeat_millis} ms ago"
     )
 }
 
@@ -136,6 +136,10 @@ fn history(incident: &Incident, now: SystemTime) -> String {
     let term = |name: &str, micros: Option<u64>| {
         micros.map_or_else(String::new, |micros| format!(", {name} {:.0} ms", micros as f64 / 1e3))
     };
+    let load = match incident.load_micros {
+        Some(_) => term("load", incident.load_micros) + &format!(" ({})", HumanBytes(incident.loaded_bytes)),
+        None => String::new(),
+    };
     format!(
         "{ago} s ago  group {}  {}  ranks {} -> {after}  detect {:.0} ms{}{}{}{}",
         incident.group,
@@ -143,7 +147,7 @@ fn history(incident: &Incident, now: SystemTime) -> String {
         incident.ranks_before,
         incident.detect_micros as f64 / 1e3,
         term("form", incident.form_micros),
-        term("load", incident.load_micros),
+        load,
         term("recompute", incident.recompute_micros),
         match incident.moved_requests {
             0 => String::new(),
@@ -198,6 +202,7 @@ fn worker_json(worker: &WorkerStatus) -> Value {
         "activity": worker.activity,
         "heartbeat_ms": worker.heartbeat_millis,
         "drained": worker.drained,
+        "held_bytes": worker.held_bytes,
     })
 }
 
@@ -223,6 +228,7 @@ fn incident_json(incident: &Incident) -> Value {
         "recompute_ms": incident.recompute_micros.map(millis),
         "group": incident.group,
         "moved_requests": incident.moved_requests,
+        "loaded_bytes": incident.loaded_bytes,
     })
 }
 
@@ -242,6 +248,7 @@ mod tests {
             activity: "computing step 7".into(),
             heartbeat_millis: 12,
             drained: false,
+            held_bytes: 5 << 20,
         };
         let rank =
             RankStatus { end_unit: 4, end_layer: 5, worker: Some(worker.clone()), ..RankStatus::default() };
@@ -276,6 +283,7 @@ mod tests {
             recompute_micros: None,
             group: 1,
             moved_requests: 2,
+            loaded_bytes: 3 << 20,
         };
         ClusterStatus {
             serving: true,
@@ -296,11 +304,11 @@ mod tests {
             "serving yi on 1 ranks: 4 running, 1 waiting",
             "12.3 tokens/s, 0.0 rows/s, KV 3 of 10 blocks of 64 tokens",
             "asked for: one group",
-            "stage 0 rank 0   layers 0..5   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.0 GiB): computing step 7, heard 12 ms ago",
+            "stage 0 rank 0   layers 0..5   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.00 GiB): computing step 7, holds 5.00 MiB, heard 12 ms ago",
             "spare   worker 3 at here:1",
             "drained worker 3 at here:1",
             "5 s ago  group 1  rank 1 of stage 0 (worker 2 at there:1): no heartbeat  ranks 2 -> 1 in epoch 2  \
-             detect 40 ms, form 5 ms, load 70 ms, 2 requests went on in other groups\n",
+             detect 40 ms, form 5 ms, load 70 ms (3.00 MiB), 2 requests went on in other groups\n",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

@@ -17,6 +17,8 @@ pub struct Progress {
     pub waits_for: Option<usize>,
     /// Exchanges with other ranks in this epoch.
     pub calls: u64,
+    /// Bytes of weights that it holds.
+    pub held: u64,
 }
 
 /// What a worker does.
@@ -33,7 +35,7 @@ pub enum Activity {
 
 impl From<Progress> for proto::Heartbeat {
     fn from(progress: Progress) -> Self {
-        let Progress { epoch, step, activity, waits_for, calls } = progress;
+        let Progress { epoch, step, activity, waits_for, calls, held } = progress;
         let activity = match activity {
             Activity::Idle => proto::Activity::Idle,
             Activity::Loading => proto::Activity::Loading,
@@ -45,6 +47,7 @@ impl From<Progress> for proto::Heartbeat {
             activity: activity.into(),
             waits_for: waits_for.and_then(|rank| u32::try_from(rank).ok()),
             calls,
+            held_bytes: held,
         }
     }
 }
@@ -56,13 +59,14 @@ impl From<proto::Heartbeat> for Progress {
             proto::Activity::Loading => Activity::Loading,
             proto::Activity::Computing => Activity::Computing,
         };
-        let proto::Heartbeat { epoch, step, waits_for, calls, .. } = heartbeat;
+        let proto::Heartbeat { epoch, step, waits_for, calls, held_bytes: held, .. } = heartbeat;
         Self {
             epoch: epoch.map(Into::into),
             step: step.map(StepId),
             activity,
             waits_for: waits_for.map(|rank| rank as usize),
             calls,
+            held,
         }
     }
 }
@@ -80,6 +84,7 @@ mod tests {
                 activity,
                 waits_for: Some(4),
                 calls: 5,
+                held: 6,
             };
             assert_eq!(Progress::from(proto::Heartbeat::from(progress)), progress);
         }

@@ -44,8 +44,8 @@ pub(crate) enum Command {
     },
     /// It lives, and is so far.
     Heartbeat { worker: WorkerId, progress: Progress },
-    /// It has loaded its share, which took so long.
-    Ready { worker: WorkerId, epoch: Epoch, capacity: Capacity, loading: Duration },
+    /// It has loaded its share, which took so long, and for which it read so many bytes.
+    Ready { worker: WorkerId, epoch: Epoch, capacity: Capacity, loading: Duration, bytes: u64 },
     /// It could not load, or not run a step, maybe because of another rank.
     Failed { worker: WorkerId, epoch: Epoch, reason: String, at_member: Option<usize> },
     /// Its Join stream has ended.

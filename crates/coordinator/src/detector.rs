@@ -164,8 +164,14 @@ mod tests {
         }
 
         fn hear(&mut self, rank: usize, activity: Activity, step: u64, waits_for: Option<usize>) {
-            let progress =
-                Progress { epoch: Some(EPOCH), step: Some(StepId(step)), activity, waits_for, calls: 3 };
+            let progress = Progress {
+                epoch: Some(EPOCH),
+                step: Some(StepId(step)),
+                activity,
+                waits_for,
+                calls: 3,
+                held: 0,
+            };
             self.heartbeats.heard(RANKS[rank], progress, self.now);
         }
 

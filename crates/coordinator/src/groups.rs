@@ -284,6 +284,11 @@ impl Groups {
         self.workers.get(&worker)
     }
 
+    /// Whoever waits for a part in a group.
+    pub(crate) fn spares(&self) -> impl Iterator<Item = &Candidate> {
+        self.candidates().filter(|worker| !self.seats.contains_key(&worker.id))
+    }
+
     /// Whether a worker is to have no part in a group.
     pub(crate) fn is_drained(&self, worker: &Candidate) -> bool {
         self.drained.contains(&worker.address)

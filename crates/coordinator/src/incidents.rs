@@ -29,6 +29,8 @@ pub(crate) struct Incident {
     pub(crate) recompute: Option<Duration>,
     /// Requests that other groups took over.
     pub(crate) moved: usize,
+    /// Bytes of weights that all ranks read to load.
+    pub(crate) bytes: u64,
 }
 
 impl Incident {
@@ -68,13 +70,14 @@ impl Incidents {
                 load: None,
                 recompute: None,
                 moved: 0,
+                bytes: 0,
             },
             began: now,
             loading: Duration::ZERO,
             served: None,
         });
         open.incident.losses.push((loss, detect));
-        (open.loading, open.served) = (Duration::ZERO, None);
+        (open.loading, open.served, open.incident.bytes) = (Duration::ZERO, None, 0);
     }
 
     /// So many requests go on in other groups.
@@ -85,9 +88,10 @@ impl Incidents {
     }
 
     /// A rank of a group has loaded.
-    pub(crate) fn loaded(&mut self, group: u32, took: Duration) {
+    pub(crate) fn loaded(&mut self, group: u32, took: Duration, bytes: u64) {
         if let Some(open) = self.open.get_mut(&group) {
             open.loading = open.loading.max(took);
+            open.incident.bytes += bytes;
         }
     }
 
@@ -152,12 +156,12 @@ mod tests {
     #[test]
     fn every_part_is_timed() {
         let (mut incidents, start) = (Incidents::default(), Instant::now());
-        incidents.loaded(5, millis(900));
+        incidents.loaded(5, millis(900), 1);
         assert_eq!(incidents.token(5, start), None);
         incidents.lost(loss(1), millis(40), start);
         assert_eq!(incidents.token(5, start), None, "a token of before");
-        incidents.loaded(5, millis(70));
-        incidents.loaded(5, millis(30));
+        incidents.loaded(5, millis(70), 20);
+        incidents.loaded(5, millis(30), 4);
         let served = start + millis(100);
         assert_eq!(incidents.served(5, Epoch { term: 1, counter: 2 }, 1, 3, served), None);
         let incident = incidents.token(5, served + millis(25)).expect("it is over").clone();
@@ -165,7 +169,7 @@ mod tests {
             (incident.detect(), incident.form, incident.load),
             (millis(40), Some(millis(30)), Some(millis(70)))
         );
-        assert_eq!((incident.recompute, incident.ranks), (Some(millis(25)), 1));
+        assert_eq!((incident.recompute, incident.ranks, incident.bytes), (Some(millis(25)), 1, 24));
         assert_eq!(incidents.token(5, served + millis(50)), None);
     }
 
@@ -173,7 +177,7 @@ mod tests {
     fn what_is_lost_meanwhile_belongs_to_it() {
         let (mut incidents, start) = (Incidents::default(), Instant::now());
         incidents.lost(loss(1), millis(1), start);
-        incidents.loaded(5, millis(80));
+        incidents.loaded(5, millis(80), 9);
         incidents.served(5, Epoch { term: 1, counter: 2 }, 2, 1, start + millis(100));
         incidents.lost(loss(2), millis(9), start + millis(110));
         assert_eq!(incidents.token(5, start + millis(111)), None, "a token of before");

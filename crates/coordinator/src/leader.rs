@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, Welcome};
-use cluster::{Session, WorkerId};
+use cluster::{Part, Session, WorkerId, preload};
 use engine::Epoch;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
@@ -88,6 +88,8 @@ struct Connection {
     session: Session,
     join: JoinSender,
     plans: Option<PlanSender>,
+    /// What it was told to hold for the time when it is needed.
+    prepared: Option<Part>,
 }
 
 impl Leader {
@@ -148,11 +150,11 @@ impl Leader {
                     self.heartbeats.heard(worker, progress, clock::now());
                 }
             }
-            Command::Ready { worker, epoch, capacity, loading } => {
+            Command::Ready { worker, epoch, capacity, loading, bytes } => {
                 if let Some((group, current)) = self.groups.seat(worker)
                     && epoch == current
                 {
-                    self.incidents.loaded(group, loading);
+                    self.incidents.loaded(group, loading, bytes);
                 }
                 let effects = self.groups.ready(worker, epoch, capacity);
                 self.perform(effects);
@@ -195,7 +197,7 @@ impl Leader {
         let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
         let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
-        self.workers.insert(id, Connection { session, join: down, plans: None });
+        self.workers.insert(id, Connection { session, join: down, plans: None, prepared: None });
         Ok(id)
     }
 
@@ -247,6 +249,9 @@ impl Leader {
                 Effect::Assign(worker, assignment) => {
                     let (group, stage, rank) = (&assignment.group, assignment.stage, assignment.rank);
                     info!(%worker, epoch = %assignment.epoch, group, stage, rank, "assigned");
+                    if let Some(connection) = self.workers.get_mut(&worker) {
+                        connection.prepared = None;
+                    }
                     self.tell(worker, Message::Assignment(assignment.into()));
                 }
                 Effect::Abandon(worker, epoch) => {
@@ -264,7 +269,27 @@ impl Leader {
             }
         }
         self.share_out();
+        self.prepare_spares();
         self.tell_state();
+    }
+
+    /// Has spares hold what they may need, once no group loads: until then the disks have enough to do.
+    fn prepare_spares(&mut self) {
+        let groups: Vec<_> = self.groups.standing().map(|(group, _)| group).collect();
+        if !groups.iter().all(|group| self.groups.is_serving(group.number)) {
+            return;
+        }
+        for (number, spare) in self.groups.spares().enumerate() {
+            let Some(connection) = self.workers.get_mut(&spare.id) else { continue };
+            let part = preload(spare, number, groups.iter().copied());
+            if part != connection.prepared {
+                let message = part.clone().map(|part| Message::Prepare(part.into()));
+                // If the stream has ended, `Left` is on its way.
+                let _ = message
+                    .map(|message| connection.join.send(Ok(CoordinatorMessage { message: Some(message) })));
+                connection.prepared = part;
+            }
+        }
     }
 
     fn tell(&self, worker: WorkerId, message: Message) {

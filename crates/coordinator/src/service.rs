@@ -241,7 +241,7 @@ fn command(worker: WorkerId, message: Up) -> Result<Command, Malformed> {
                 sampled_rows: limit(ready.sampled_rows),
             };
             let loading = Duration::from_micros(ready.load_micros);
-            Ok(Command::Ready { worker, epoch, capacity, loading })
+            Ok(Command::Ready { worker, epoch, capacity, loading, bytes: ready.loaded_bytes })
         }
         Up::Failed(failed) => Ok(Command::Failed {
             worker,

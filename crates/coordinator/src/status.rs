@@ -91,6 +91,7 @@ impl View<'_> {
             activity: heard.map_or_else(String::new, |seen| activity(&seen.progress, group)),
             heartbeat_millis: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
             drained: self.groups.is_drained(worker),
+            held_bytes: heard.map_or(0, |seen| seen.progress.held),
         }
     }
 }
@@ -133,6 +134,7 @@ fn incident(incident: &incidents::Incident) -> Incident {
         load_micros: incident.load.map(micros),
         recompute_micros: incident.recompute.map(micros),
         group: first.map_or(0, |loss| loss.group),
+        loaded_bytes: incident.bytes,
         moved_requests: u32::try_from(incident.moved).unwrap_or(u32::MAX),
     }
 }

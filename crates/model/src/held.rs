@@ -53,6 +53,22 @@ impl ModelSource {
         Ok(Share { layers: stage.layers.clone(), units: units.clone() })
     }
 
+    /// Units of a run of layers, whatever stage they will belong to.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the model has no such layers or units, or they are none.
+    pub fn part(&self, layers: Range<usize>, units: Range<usize>) -> Result<Share> {
+        let shape = &self.config.shape;
+        let within = |range: &Range<usize>, end: usize| range.start < range.end && range.end <= end;
+        if within(&layers, shape.layers) && within(&units, shape.kv_heads) {
+            return Ok(Share { layers, units });
+        }
+        Err(Error::Option(format!(
+            "units {units:?} of layers {layers:?}: the model has {} units and {} layers",
+            shape.kv_heads, shape.layers
+        )))
+    }
+
     /// Has `held` hold a share and nothing else: first what the share does not have is freed, then what is missing is read, and what
     /// both have stays where it is. `go_on` is asked after every few matrices; its error ends the load.
     ///

@@ -8,12 +8,12 @@ use std::sync::mpsc::{self as blocking, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cluster::Assignment;
+use cluster::{Assignment, Part};
 use comm::AbortHandle;
 use engine::{StepOutput, StepPlan};
 use model::{Executor, Loaded, StepSize};
 use tokio::sync::mpsc;
-use tracing::{debug_span, warn};
+use tracing::{debug_span, info, warn};
 
 use crate::load::Load;
 use crate::vitals::Vitals;
@@ -46,7 +46,7 @@ pub(crate) enum Progress {
 /// The thread, for as long as the worker lives. It has one epoch at a time. Dropping it tells it to end.
 #[derive(Debug)]
 pub(crate) struct ExecutorThread {
-    jobs: blocking::Sender<Job>,
+    tasks: blocking::Sender<Task>,
     thread: JoinHandle<()>,
 }
 
@@ -59,7 +59,22 @@ pub(crate) struct EpochWork {
     abort: AbortOnDrop,
 }
 
-/// The thread's end of it.
+/// What the thread is told.
+#[derive(Debug)]
+enum Task {
+    Epoch(Job),
+    Prepare(Preparation),
+}
+
+/// A part of the model that may be needed. Dropping what [`ExecutorThread::prepare`] returned ends it.
+#[derive(Debug)]
+struct Preparation {
+    part: Part,
+    vitals: Arc<Vitals>,
+    abort: AbortHandle,
+}
+
+/// The thread's end of an epoch.
 #[derive(Debug)]
 struct Job {
     assignment: Arc<Assignment>,
@@ -70,8 +85,9 @@ struct Job {
     abort: AbortHandle,
 }
 
+/// Raises a flag when it is dropped.
 #[derive(Debug)]
-struct AbortOnDrop(AbortHandle);
+pub(crate) struct AbortOnDrop(AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -82,17 +98,21 @@ impl Drop for AbortOnDrop {
 impl ExecutorThread {
     /// Starts the thread, which waits for its first epoch. Devices are opened there, since they belong to one thread.
     pub(crate) fn start(load: impl Load) -> io::Result<Self> {
-        let (jobs, inbox) = blocking::channel::<Job>();
+        let (tasks, inbox) = blocking::channel();
         let thread = std::thread::Builder::new().name("executor".into()).spawn(move || {
             let mut held = None;
-            while let Ok(job) = inbox.recv() {
+            while let Ok(task) = inbox.recv() {
+                let run = || match task {
+                    Task::Epoch(job) => job.run(&load, &mut held),
+                    Task::Prepare(preparation) => preparation.run(&load, &mut held),
+                };
                 // A panic was printed when it happened. It took with it whatever was in use.
-                if catch_unwind(AssertUnwindSafe(|| job.run(&load, &mut held))).is_err() {
+                if catch_unwind(AssertUnwindSafe(run)).is_err() {
                     held = None;
                 }
             }
         })?;
-        Ok(Self { jobs, thread })
+        Ok(Self { tasks, thread })
     }
 
     /// Begins with an epoch; the one before was stopped.
@@ -102,15 +122,23 @@ impl ExecutorThread {
         let (plans, inbox) = blocking::channel();
         let (sender, progress) = mpsc::unbounded_channel();
         // If the thread has ended, so has the channel of progress.
-        let _ =
-            self.jobs.send(Job { assignment, vitals, plans: inbox, progress: sender, abort: abort.clone() });
+        let job = Job { assignment, vitals, plans: inbox, progress: sender, abort: abort.clone() };
+        let _ = self.tasks.send(Task::Epoch(job));
         EpochWork { plans, progress, abort: AbortOnDrop(abort) }
+    }
+
+    /// Begins to load a part of the model that may be needed, until what this returns is dropped: then the thread is free at the next
+    /// request that it reads, and what had come stays.
+    pub(crate) fn prepare(&self, part: Part, vitals: Arc<Vitals>) -> AbortOnDrop {
+        let abort = AbortHandle::default();
+        let _ = self.tasks.send(Task::Prepare(Preparation { part, vitals, abort: abort.clone() }));
+        AbortOnDrop(abort)
     }
 
     /// Waits until the thread has ended and its memory is free; its epoch was stopped.
     pub(crate) async fn end(self) {
-        let Self { jobs, thread } = self;
-        drop(jobs);
+        let Self { tasks, thread } = self;
+        drop(tasks);
         let _ = tokio::task::spawn_blocking(move || thread.join()).await;
     }
 }
@@ -171,6 +199,7 @@ impl Job {
                 return Err(error);
             }
         };
+        vitals.holds(loaded.kept + loaded.read);
         let executor = load.start(assignment, formed, there)?;
         vitals.rest();
         self.tell(Progress::Ready {
@@ -226,6 +255,42 @@ impl Job {
         }
         Ok(())
     }
+}
+
+impl Preparation {
+    fn run<L: Load>(self, load: &L, held: &mut Option<L::Held>) {
+        let Self { part, vitals, abort } = self;
+        vitals.prepare();
+        match prepare(load, &part, &abort, held) {
+            Ok(Loaded { kept, read }) => {
+                info!(?part, kept, read, "prepared");
+                vitals.holds(kept + read);
+            }
+            Err(model::Error::Collective(comm::Error::Aborted)) => {}
+            // It would show again when the part is needed.
+            Err(error) => warn!(%error, ?part, "cannot prepare"),
+        }
+        vitals.prepared();
+    }
+}
+
+fn prepare<L: Load>(
+    load: &L,
+    part: &Part,
+    abort: &AbortHandle,
+    held: &mut Option<L::Held>,
+) -> Result<Loaded, model::Error> {
+    if abort.is_aborted() {
+        return Err(comm::Error::Aborted.into());
+    }
+    let mut there = match held.take() {
+        Some(there) => there,
+        None => load.open()?,
+    };
+    let loaded = load.prepare(part, abort, &mut there);
+    let in_doubt = loaded.as_ref().is_err_and(in_doubt);
+    *held = Some(there).filter(|_| !in_doubt);
+    loaded
 }
 
 /// Whether the device cannot be relied on any more.

@@ -23,7 +23,7 @@ pub(crate) async fn run(
 
 #[cfg(feature = "cuda")]
 mod built_in {
-    use cluster::Assignment;
+    use cluster::{Assignment, Part};
     use comm::cuda::{ConnectOptions, connect};
     use comm::{AbortHandle, Collective};
     use kernels::Cuda;
@@ -96,6 +96,15 @@ mod built_in {
             let stage = stage(assignment, link);
             let loaded = self.site.load(assignment, &stage, abort, held)?;
             Ok(((collective, stage), loaded))
+        }
+
+        fn prepare(
+            &self,
+            part: &Part,
+            abort: &AbortHandle,
+            held: &mut Self::Held,
+        ) -> Result<Loaded, model::Error> {
+            self.site.prepare(part, abort, held)
         }
 
         fn start(

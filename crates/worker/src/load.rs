@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::time::Duration;
 
 use auth::Secret;
-use cluster::{Assignment, ModelReport, Resources, StageMembers};
+use cluster::{Assignment, ModelReport, Part, Resources, StageMembers};
 use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, StageLink, TcpTransport};
 use kernels::{Backend, Cpu};
-use model::{Executor, Held, Loaded, ModelExecutor, ModelSource, Stage};
+use model::{Executor, Held, Loaded, ModelExecutor, ModelSource, Share, Stage};
 use tracing::info;
 
 use crate::{Device, STAGE, WorkerConfig, WorkerError};
@@ -39,6 +39,13 @@ pub(crate) trait Load: Send + Sync + 'static {
         abort: &AbortHandle,
         held: &mut Self::Held,
     ) -> Result<(Self::Formed, Loaded), model::Error>;
+    /// Has `held` hold a part of the model for which there is no group yet, likewise.
+    fn prepare(
+        &self,
+        part: &Part,
+        abort: &AbortHandle,
+        held: &mut Self::Held,
+    ) -> Result<Loaded, model::Error>;
     /// Takes the memory that steps need beside the weights. After an error all is let go.
     fn start(
         &self,
@@ -123,7 +130,26 @@ impl Site {
         held: &mut Held<B>,
     ) -> Result<Loaded, model::Error> {
         let share = self.source.share(stage, &ranges(assignment), assignment.rank)?;
-        self.source.load(held, &share, &mut || match abort.is_aborted() {
+        self.hold(&share, abort, held)
+    }
+
+    /// See [`Load::prepare`].
+    pub(crate) fn prepare<B: Backend>(
+        &self,
+        part: &Part,
+        abort: &AbortHandle,
+        held: &mut Held<B>,
+    ) -> Result<Loaded, model::Error> {
+        self.hold(&self.source.part(part.layers.clone(), part.units.clone())?, abort, held)
+    }
+
+    fn hold<B: Backend>(
+        &self,
+        share: &Share,
+        abort: &AbortHandle,
+        held: &mut Held<B>,
+    ) -> Result<Loaded, model::Error> {
+        self.source.load(held, share, &mut || match abort.is_aborted() {
             true => Err(comm::Error::Aborted.into()),
             false => Ok(()),
         })
@@ -180,6 +206,15 @@ impl Load for CpuLoad {
         let stage = stage(assignment, link);
         let loaded = self.site.load(assignment, &stage, abort, held)?;
         Ok(((collective, stage), loaded))
+    }
+
+    fn prepare(
+        &self,
+        part: &Part,
+        abort: &AbortHandle,
+        held: &mut Self::Held,
+    ) -> Result<Loaded, model::Error> {
+        self.site.prepare(part, abort, held)
     }
 
     fn start(

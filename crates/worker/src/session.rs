@@ -7,7 +7,7 @@ use std::time::Duration;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
-use cluster::{Assignment, MAX_STEPS_IN_FLIGHT, decode_plan};
+use cluster::{Assignment, MAX_STEPS_IN_FLIGHT, Part, decode_plan};
 use engine::Epoch;
 use model::Loaded;
 use tokio::sync::mpsc;
@@ -17,7 +17,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::WorkerError;
-use crate::executor::{EpochWork, ExecutorThread, Progress};
+use crate::executor::{AbortOnDrop, EpochWork, ExecutorThread, Progress};
 use crate::join::{Joined, is_refusal, send};
 
 /// Outputs on their way up: more than there are steps in flight, so that nothing waits here.
@@ -46,8 +46,16 @@ pub(crate) async fn serve(
 ) -> End {
     let superseded = pin!(superseded);
     let latest = Epoch::default();
-    let mut membership =
-        Membership { joined, thread, superseded, latest_term, latest, rank: None, served: false };
+    let mut membership = Membership {
+        joined,
+        thread,
+        superseded,
+        latest_term,
+        latest,
+        rank: None,
+        preparing: None,
+        served: false,
+    };
     let end = loop {
         if let Err(end) = membership.advance().await {
             break end;
@@ -67,6 +75,8 @@ struct Membership<'a, S> {
     /// The highest epoch that was assigned: a lower one is not taken after it.
     latest: Epoch,
     rank: Option<Rank>,
+    /// Without a rank: what is being loaded for one.
+    preparing: Option<AbortOnDrop>,
     served: bool,
 }
 
@@ -159,6 +169,18 @@ impl<S: Future<Output = ()>> Membership<'_, S> {
                 }
                 Ok(())
             }
+            Down::Prepare(part) => match Part::try_from(part) {
+                Ok(part) => {
+                    if self.rank.is_none() {
+                        // What was asked for before is not needed any more.
+                        drop(self.preparing.take());
+                        let vitals = self.joined.vitals.clone();
+                        self.preparing = Some(self.thread.prepare(part, vitals));
+                    }
+                    Ok(())
+                }
+                Err(malformed) => Err(self.lost(&malformed.to_string())),
+            },
             Down::Challenge(_) | Down::Welcome(_) => Err(self.lost("it repeated the handshake")),
         }
     }
@@ -180,6 +202,7 @@ impl<S: Future<Output = ()>> Membership<'_, S> {
             return Ok(());
         }
         self.leave_group().await;
+        drop(self.preparing.take());
         self.latest = epoch;
         *self.latest_term = epoch.term;
         let Assignment { stage, rank, .. } = assignment;

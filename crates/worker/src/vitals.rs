@@ -17,12 +17,16 @@ struct State {
     activity: Activity,
     /// Of the epoch's collective: it knows what is waited for.
     collective: AbortHandle,
+    /// Bytes of weights that are there.
+    held: u64,
 }
 
 impl Vitals {
     /// It connects and loads for `epoch`.
     pub(crate) fn load(&self, epoch: Epoch, collective: AbortHandle) {
-        *self.state() = State { epoch: Some(epoch), step: None, activity: Activity::Loading, collective };
+        let mut state = self.state();
+        let held = state.held;
+        *state = State { epoch: Some(epoch), step: None, activity: Activity::Loading, collective, held };
     }
 
     /// It takes up a step.
@@ -38,18 +42,41 @@ impl Vitals {
 
     /// It has no part in a group any more.
     pub(crate) fn leave(&self) {
-        *self.state() = State::default();
+        let mut state = self.state();
+        *state = State { held: state.held, ..State::default() };
+    }
+
+    /// Without a part in a group, it loads what it may need for one.
+    pub(crate) fn prepare(&self) {
+        let mut state = self.state();
+        if state.epoch.is_none() {
+            state.activity = Activity::Loading;
+        }
+    }
+
+    /// It has done so, as far as it came.
+    pub(crate) fn prepared(&self) {
+        let mut state = self.state();
+        if state.epoch.is_none() {
+            state.activity = Activity::Idle;
+        }
+    }
+
+    /// So many bytes of weights are there.
+    pub(crate) fn holds(&self, bytes: u64) {
+        self.state().held = bytes;
     }
 
     /// What a heartbeat tells.
     pub(crate) fn progress(&self) -> Progress {
-        let State { epoch, step, activity, collective } = &*self.state();
+        let State { epoch, step, activity, collective, held } = &*self.state();
         Progress {
             epoch: *epoch,
             step: *step,
             activity: *activity,
             waits_for: collective.waits_for(),
             calls: collective.calls(),
+            held: *held,
         }
     }
 

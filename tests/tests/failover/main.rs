@@ -62,12 +62,13 @@ async fn check(name: &str, streams: Streams, lost: Instant, status: impl AsyncFn
 fn report(name: &str, incident: &Incident, pause: Option<Duration>) {
     let seconds = |micros: Option<u64>| micros.map_or("-".into(), |m| format!("{:.3} s", m as f64 / 1e6));
     say(&format!(
-        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {}, recomputed {}{}",
+        "{name}: ranks {} -> {}, detected after {}, formed {}, loaded {} ({:.1} MB), recomputed {}{}",
         incident.ranks_before,
         incident.ranks_after,
         seconds(Some(incident.detect_micros)),
         seconds(incident.form_micros),
         seconds(incident.load_micros),
+        incident.loaded_bytes as f64 / 1e6,
         seconds(incident.recompute_micros),
         pause
             .map_or(String::new(), |pause| format!("; clients saw nothing for {:.3} s", pause.as_secs_f64())),
@@ -98,12 +99,16 @@ async fn each_rank_in_turn_is_killed() {
 async fn a_spare_takes_the_place_of_a_rank() {
     let _turn = turn().await;
     let mut members = Members::start(PHALANX, &["--ranks", "2"], 3);
-    let status = members.until("a spare", |status| status.serving && status.spares.len() == 1).await;
+    // It holds all that it may need.
+    let status = members.until("a spare that is prepared", prepared).await;
     let mut running = streams(&members).await;
     running.until(20).await;
     let lost = Instant::now();
     members.kill(ranks(&status)[0]);
     check("a rank killed, a spare there", running, lost, async || members.width(2).await).await;
+    let incident = members.status().await.incidents.remove(0);
+    // Tables of the embedding go with the ranks; half of its rows, in bf16, are all that is read.
+    assert_eq!(incident.loaded_bytes, 4608 / 2 * 256 * 2, "{incident:?}");
 
     // The spare is lost: nothing else happens.
     let spare = members.add();
@@ -115,6 +120,12 @@ async fn a_spare_takes_the_place_of_a_rank() {
     let after = members.until("no spare", |status| status.spares.is_empty()).await;
     assert_eq!(after.groups[0].counter, before.groups[0].counter, "the group was formed anew for a spare");
     members.end();
+}
+
+/// Whether there is one spare, which has loaded what it may need.
+fn prepared(status: &ClusterStatus) -> bool {
+    status.serving
+        && matches!(&status.spares[..], [spare] if spare.held_bytes > 0 && spare.activity == "idle")
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,10 +1,11 @@
 //! An executor that computes nothing.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cluster::Assignment;
+use cluster::{Assignment, Part};
 use comm::AbortHandle;
 use engine::{SampledToken, SeqSlice, StepOutput, StepPlan};
 use model::{Executor, Loaded, StepSize};
@@ -44,6 +45,31 @@ pub(super) struct FakeExecutor {
     running: VecDeque<StepOutput>,
 }
 
+impl FakeLoad {
+    fn hold(
+        &self,
+        units: Range<usize>,
+        flag: &AbortHandle,
+        held: &mut FakeHeld,
+    ) -> Result<Loaded, model::Error> {
+        let mut loaded = Loaded::default();
+        held.retain(|unit| units.contains(unit));
+        for unit in units {
+            if self.slow == Some(unit) {
+                while !flag.is_aborted() {
+                    std::thread::yield_now();
+                }
+                return Err(comm::Error::Aborted.into());
+            }
+            match held.insert(unit) {
+                true => loaded.read += UNIT_BYTES,
+                false => loaded.kept += UNIT_BYTES,
+            }
+        }
+        Ok(loaded)
+    }
+}
+
 impl Load for FakeLoad {
     type Connections = AbortHandle;
     type Held = FakeHeld;
@@ -69,21 +95,11 @@ impl Load for FakeLoad {
         if let Some(error) = self.failures.lock().unwrap().pop() {
             return Err(error);
         }
-        let mut loaded = Loaded::default();
-        held.retain(|unit| assignment.own_units().contains(unit));
-        for unit in assignment.own_units().clone() {
-            if self.slow == Some(unit) {
-                while !flag.is_aborted() {
-                    std::thread::yield_now();
-                }
-                return Err(comm::Error::Aborted.into());
-            }
-            match held.insert(unit) {
-                true => loaded.read += UNIT_BYTES,
-                false => loaded.kept += UNIT_BYTES,
-            }
-        }
-        Ok((abort, loaded))
+        Ok((abort, self.hold(assignment.own_units().clone(), flag, held)?))
+    }
+
+    fn prepare(&self, part: &Part, flag: &AbortHandle, held: &mut FakeHeld) -> Result<Loaded, model::Error> {
+        self.hold(part.units.clone(), flag, held)
     }
 
     fn start(

@@ -1,5 +1,7 @@
 //! What a worker holds from one epoch to the next: weights that both have are not read again.
 
+use cluster::Part;
+
 use super::*;
 
 /// A scene, and how many devices were opened.
@@ -105,4 +107,26 @@ async fn a_panic_takes_the_device_with_it_and_no_more() {
         let Up::Failed(failed) = wire.hear().await else { panic!("it did not fail") };
         assert_eq!(failed.reason, "the executor thread panicked");
     }
+}
+
+#[tokio::test]
+async fn a_spare_holds_what_it_may_need() {
+    let (mut scene, devices) = scene(FakeLoad { slow: Some(7), ..FakeLoad::default() }).await;
+    let (mut wire, session) = scene.welcome().await;
+    let prepare = |units| Down::Prepare(Part { layers: 0..2, units }.into());
+    wire.say(prepare(0..3)).await;
+    assert_eq!(wire.beat(|progress| progress.held == 3 * UNIT_BYTES).await.activity, Activity::Idle);
+    wire.assign_units(epoch(1), 2..4).await;
+    assert_eq!(wire.loaded_units(epoch(1)).await, 1, "one of the two was there");
+    let _steps = scene.attached(&session, 1).await;
+    // Whoever has a part in a group holds that.
+    wire.say(prepare(0..1)).await;
+    wire.say(Down::Abandon(epoch(1).into())).await;
+    // It comes to units 4 to 6, and no further; an assignment does not wait for it.
+    wire.say(prepare(4..8)).await;
+    wire.beat(|progress| progress.epoch.is_none() && progress.activity == Activity::Loading).await;
+    wire.assign_units(epoch(2), 3..7).await;
+    assert_eq!(wire.loaded_units(epoch(2)).await, 1, "only unit 3 was let go");
+    assert_eq!(opened(&devices), 1);
+    wire.say(Down::Prepare(Part { layers: 0..2, units: 0..0 }.into())).await;
 }

@@ -149,6 +149,14 @@ impl<'a> Membership<'a> {
                 }
                 Ok(())
             }
+            Down::Prepare(part) => {
+                if let Some(rank) = &self.rank {
+                    let Worker { journal, address, .. } = self.worker;
+                    let epoch = journal.epoch(rank.place.epoch);
+                    journal.violation(format_args!("{address} is a spare with a rank in {epoch}: {part:?}"));
+                }
+                Ok(())
+            }
             Down::Challenge(_) | Down::Welcome(_) => Err(End::Final("the handshake came again".into())),
         }
     }
