@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("model", &["comm", "engine", "kernels"]),
     ("cluster", &["auth", "engine"]),
     ("worker", &["auth", "cluster", "comm", "engine", "kernels", "model"]),
-    ("client", &["cluster"]),
+    ("client", &["auth", "cluster"]),
     ("coordinator", &["auth", "cluster", "engine"]),
     ("gateway", &["client", "cluster", "coordinator", "engine"]),
 ];
