@@ -151,13 +151,9 @@ impl Groups {
             self.policy = before;
             return Err(shortage.clone());
         }
-        let stays = |number: u32, members: &[WorkerId]| {
-            formed
-                .groups
-                .iter()
-                .any(|group| group.number == number && group.workers().eq(members.iter().copied()))
-        };
-        Ok(self.change("another policy", formed.clone(), stays))
+        let wanted = formed.groups.clone();
+        let stays = |group: &GroupFormation| wanted.contains(group);
+        Ok(self.change("another policy", formed, stays))
     }
 
     /// Has the worker at `address` no part in any group from now on, or again (`drain` false). Fails, and changes nothing, if there is
@@ -178,7 +174,7 @@ impl Groups {
             let missing = formed.shortage.map_or_else(String::new, |shortage| format!(": {shortage}"));
             return Err(format!("the worker at {address} cannot be spared{missing}"));
         }
-        let stays = |_, members: &[WorkerId]| !members.contains(&worker);
+        let stays = |group: &GroupFormation| group.workers().all(|member| member != worker);
         Ok(self.change(&format!("drained: {address}"), formed, stays))
     }
 
@@ -340,19 +336,21 @@ impl Groups {
         &mut self,
         cause: &str,
         formed: Formation,
-        stays: impl Fn(u32, &[WorkerId]) -> bool,
+        stays: impl Fn(&GroupFormation) -> bool,
     ) -> Vec<Effect> {
-        let over = self.lives.iter().filter(|(number, life)| !stays(**number, &life.members));
-        let over: Vec<u32> = over.map(|(number, _)| *number).collect();
+        let over = self.standing().filter(|(group, _)| !stays(group));
+        let over: Vec<u32> = over.map(|(group, _)| group.number).collect();
         let mut effects: Vec<_> =
             over.into_iter().flat_map(|number| self.end(number, None, cause.to_owned())).collect();
-        let begun = formed.groups.into_iter().filter(|group| !self.stands(group.number)).collect::<Vec<_>>();
-        effects.extend(begun.into_iter().flat_map(|group| self.begin(group)));
+        effects.extend(formed.groups.into_iter().flat_map(|group| self.begin(group)));
         effects
     }
 
-    /// Begins a group's next epoch.
+    /// Begins a group's next epoch, unless it stands, or whoever it is of has a part in another.
     fn begin(&mut self, group: GroupFormation) -> Vec<Effect> {
+        if self.stands(group.number) || group.workers().any(|worker| self.seats.contains_key(&worker)) {
+            return Vec::new();
+        }
         self.epoch.counter += 1;
         let members: Vec<WorkerId> = group.workers().collect();
         // Of a group that is not there any more, nothing is left to hold on to once its members are elsewhere.

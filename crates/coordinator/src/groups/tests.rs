@@ -320,6 +320,16 @@ fn another_policy_changes_the_groups_that_it_wants_otherwise() {
     let narrower = groups.scale(Policy { replicas: 4, ..fixed(1, 1) }).unwrap();
     assert_eq!((assigned(&narrower).0.len(), groups.standing().count()), (4, 4));
     assert!(groups.scale(fixed(4, 4)).is_ok());
+    // The same workers in the same order, but in other stages.
+    let needs = MemoryNeeds { layers: 2, ..MemoryNeeds::default() };
+    let mut deep = Groups::new(fixed(2, 2), 9);
+    for host in ["host1", "host2"] {
+        try_join(&mut deep, host, ModelReport { needs, ..report() }).unwrap();
+    }
+    assert_eq!(assigned(&deep.muster(false)).0.len(), 2);
+    let pipeline = policy(Shape::Fixed { stages: 2, ranks: 1, min_ranks: 1 });
+    assert_eq!(assigned(&deep.scale(pipeline).unwrap()).0.len(), 2);
+    assert_eq!(assigned(&deep.scale(fixed(2, 2)).unwrap()).0.len(), 2);
     let refused =
         groups.scale(Policy { replicas: 1, ..policy(Shape::Fixed { stages: 2, ranks: 4, min_ranks: 4 }) });
     assert!(refused.is_err());

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
+use crate::orders::Wish;
 use crate::world::World;
 
 #[derive(Debug, Clone, Copy)]
@@ -13,6 +14,11 @@ pub(crate) enum Fault {
     Worker {
         worker: usize,
         what: WorkerFault,
+        time: Duration,
+    },
+    /// What an operator wants for a time.
+    Ordered {
+        wish: Wish,
         time: Duration,
     },
     /// The coordinator of a place, or whoever leads.
@@ -71,6 +77,7 @@ impl Fault {
         world.journal.note(format_args!("{self:?}"));
         match self {
             Self::Worker { worker, what, time } => what.happen(world, worker, time).await,
+            Self::Ordered { wish, time } => wish.happen(world, time).await,
             Self::Coordinator { place, what, time } => {
                 let place = place.filter(|place| *place < world.scenario.coordinators);
                 if let Some(place) = place.or_else(|| world.coordinators.leader()) {

@@ -6,6 +6,7 @@ mod coordinators;
 mod faults;
 mod journal;
 mod network;
+mod orders;
 mod reach;
 mod scenario;
 mod worker;

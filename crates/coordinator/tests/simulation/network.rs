@@ -67,6 +67,11 @@ impl Network {
         self.break_where(|wire| wire.coordinator == coordinator);
     }
 
+    /// The service of a coordinator, if it listens.
+    pub(crate) fn service(&self, coordinator: &str) -> Option<Service> {
+        self.state().services.get(coordinator).cloned()
+    }
+
     /// Messages of a worker take so long at most.
     pub(crate) fn set_latency(&self, worker: &str, latency: Duration) {
         self.state().latencies.insert(worker.to_owned(), latency);

@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::faults::{CoordinatorFault, Fault, WorkerFault};
+use crate::orders::Wish;
 use crate::worker::Pace;
 use crate::worker::executor::Limits;
 use crate::worker::model::{VOCABULARY, answer};
@@ -129,8 +130,10 @@ impl Chance {
         let needed = if auto { workers } else { ranks } as u32;
         let fitting = if self.often(0.3) { units.div_ceil(needed) } else { units };
         let mut faults: Vec<_> = (0..self.0.random_range(0..=10)).map(|_| self.fault(workers)).collect();
-        faults.sort_by_key(|(at, _)| *at);
         let replicas = if self.often(0.4) { self.0.random_range(2..=3) } else { 1 };
+        let orders = if self.often(0.4) { self.0.random_range(1..=4) } else { 0 };
+        faults.extend((0..orders).map(|_| self.order(workers, units, replicas)));
+        faults.sort_by_key(|(at, _)| *at);
         let max_waiting = if self.often(0.1) { 2 } else { 1024 };
         Scenario {
             coordinators: self.0.random_range(1..=3),
@@ -211,6 +214,20 @@ impl Chance {
             _ => WorkerFault::Accuses,
         };
         (at, Fault::Worker { worker: self.0.random_range(0..workers), what, time })
+    }
+
+    /// Later orders replace earlier ones; taking one back restores the policy of the beginning.
+    fn order(&mut self, workers: usize, units: u32, replicas: usize) -> (Duration, Fault) {
+        let (at, time) = (self.millis(0..EVENTFUL), self.millis(10..6000));
+        let stages = self.0.random_range(1..=2);
+        let ranks = self.0.random_range(1..=workers.min(units as usize));
+        let min_ranks = self.0.random_range(1..=ranks);
+        let wish = match self.0.random_range(0..4) {
+            0 | 1 => Wish::Drain(self.0.random_range(0..workers)),
+            2 => Wish::Scale(Shape::Auto { max_stages: stages }, self.0.random_range(1..=replicas)),
+            _ => Wish::Scale(Shape::Fixed { stages, ranks, min_ranks }, self.0.random_range(1..=replicas)),
+        };
+        (at, Fault::Ordered { wish, time })
     }
 
     fn often(&mut self, probability: f64) -> bool {

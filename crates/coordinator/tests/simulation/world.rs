@@ -188,6 +188,11 @@ impl World {
         Client { number, request, hangs_up_after, context: CONTEXT, coordinators, journal }
     }
 
+    /// What workers, coordinators and operators know.
+    pub(crate) fn secret(&self) -> &Secret {
+        &self.secret
+    }
+
     /// Where a worker listens.
     pub(crate) fn address(worker: usize) -> String {
         format!("worker{worker}")
