@@ -113,6 +113,7 @@ impl Leader {
             if std::mem::take(&mut self.newcomers) {
                 let effects = self.groups.muster(false);
                 self.perform(effects);
+                self.prepare_spares();
             }
             self.plan_steps();
         }

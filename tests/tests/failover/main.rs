@@ -112,7 +112,7 @@ async fn a_spare_takes_the_place_of_a_rank() {
 
     // The spare is lost: nothing else happens.
     let spare = members.add();
-    let before = members.until("a spare", |status| status.serving && status.spares.len() == 1).await;
+    let before = members.until("a spare that is prepared", prepared).await;
     let mut running = streams(&members).await;
     running.until(20).await;
     members.kill(spare);
