@@ -7,6 +7,7 @@ use tracing::info;
 
 use super::Leader;
 use crate::clock;
+use crate::detector::hangs_in_loading;
 use crate::incidents::Incident;
 use crate::replica::Replica;
 
@@ -16,7 +17,7 @@ const SETTLE: Duration = Duration::from_millis(500);
 impl Leader {
     /// Looks after the groups, once in a heartbeat's interval.
     pub(super) fn tend(&mut self, now: Instant) {
-        for number in self.replicas.keys().copied().collect::<Vec<_>>() {
+        for number in self.groups.standing().map(|(group, _)| group.number).collect::<Vec<_>>() {
             self.give_up_a_hang(number, now);
         }
         let settled = |time| now.saturating_duration_since(self.joined) >= time;
@@ -44,7 +45,8 @@ impl Leader {
         let hang = self
             .replicas
             .get(&number)
-            .and_then(|replica| replica.detector.hang(&self.heartbeats, epoch, members, now));
+            .and_then(|replica| replica.detector.hang(&self.heartbeats, epoch, members, now))
+            .or_else(|| hangs_in_loading(&self.heartbeats, members, self.config.progress_timeout));
         if let Some(hang) = hang {
             self.fail(members[hang.rank], epoch, &hang.reason, None);
         }
