@@ -55,8 +55,27 @@ impl Members {
 
     /// Starts a worker again that was killed or has left.
     pub fn restart(&mut self, number: usize) {
+        self.restart_with(number, &[]);
+    }
+
+    /// Likewise, with more arguments.
+    pub fn restart_with(&mut self, number: usize, arguments: &[&str]) {
         let place = Place { host: self.host(number), ..Place::default() };
-        self.workers[number] = Some(start_worker(self.program, &["--coordinator", &self.join], &place));
+        let arguments = [&["--coordinator", &self.join], arguments].concat();
+        self.workers[number] = Some(start_worker(self.program, &arguments, &place));
+    }
+
+    /// Starts one more worker that is to break on purpose; returns its number.
+    pub fn add_faulty(&mut self, fault: &str) -> usize {
+        self.workers.push(None);
+        let number = self.workers.len() - 1;
+        self.restart_with(number, &["--fault", fault]);
+        number
+    }
+
+    /// Waits until a worker has ended by itself, with a message that has all of `words` in it.
+    pub fn fails(&mut self, number: usize, words: &[&str]) {
+        self.workers[number].take().expect("it runs").end().failure(words);
     }
 
     /// The address of a worker's own.

@@ -283,6 +283,11 @@ pub struct Process {
 }
 
 impl Process {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
     /// Sends it a signal, if it is still there.
     pub fn signal(&self, signal: Signal) {
         let _ = kill_process(self.pid, signal);

@@ -1,5 +1,6 @@
 //! A whole cluster on this machine: coordinator and gateway in this process, each worker a process of its own.
 
+mod given_up;
 mod worker;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 
 use self::worker::{CommandLine, Worker};
 use crate::args::{DeviceArg, ModelArgs};
+use crate::fault::WorkerFault;
 use crate::policy::{MAX_REPLICAS, Ranks, shape as shape_of};
 use crate::service::{self, Candidacy, Service};
 
@@ -51,6 +53,9 @@ pub(crate) struct EmbeddedArgs {
     /// Workers say nothing unless something is wrong.
     #[arg(skip)]
     pub(crate) quiet: bool,
+    /// What is to break on purpose.
+    #[arg(skip)]
+    pub(crate) faults: Vec<WorkerFault>,
 }
 
 /// Where operators and further workers find the coordinator, and what they must know.
@@ -111,6 +116,10 @@ impl Embedded {
         // A worker would say the same, but later and from another process.
         let shape = ModelSource::open(&dir, args.model.options(false))?.config().shape;
         let (workers, ranks) = args.workers_and_ranks(shape.kv_heads)?;
+        if let Some(WorkerFault { worker, fault }) = args.faults.iter().find(|fault| fault.worker >= workers)
+        {
+            bail!("--fault {worker}:{fault}: workers are 0 to {}", workers.saturating_sub(1));
+        }
         let tokenizer = service::tokenizer(&dir)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check(shape.vocab as u32).with_context(|| dir.display().to_string())?;
@@ -143,6 +152,7 @@ impl Embedded {
                     memory,
                     coordinator: service.cluster,
                     secret: secret.clone(),
+                    faults: args.faults.iter().filter(|f| f.worker == index).map(|f| f.fault).collect(),
                 })
             })
             .collect::<Result<_>>()?;
@@ -171,10 +181,10 @@ impl Embedded {
         }
     }
 
-    /// Does `work`; a worker that ends meanwhile is started again when the group has closed its ranks without it.
+    /// Does `work`; a worker that ends meanwhile, or hangs and is killed, is started again when the group has closed its ranks without it.
     pub(crate) async fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let Self { service, workers } = self;
-        let watches = workers.iter_mut().map(|worker| Box::pin(worker.keep_running(service.state())));
+        let watches = workers.iter_mut().map(|worker| Box::pin(worker.keep_running(service.contender())));
         tokio::select! {
             result = work => result,
             (error, ..) = select_all(watches) => Err(error),

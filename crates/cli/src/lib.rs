@@ -6,6 +6,7 @@ mod chat;
 mod checkpoint;
 mod cuda_kernels;
 mod embedded;
+mod fault;
 mod generate;
 mod operate;
 mod policy;

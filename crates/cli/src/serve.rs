@@ -12,6 +12,7 @@ use worker::{Coordinators, WorkerConfig};
 
 use crate::args::{ModelArgs, parse_size};
 use crate::embedded::{Access, Embedded, EmbeddedArgs};
+use crate::fault::{FaultArgs, WorkerFault};
 use crate::policy::{LivenessArgs, PolicyArgs};
 use crate::registry::RegistryArgs;
 use crate::secret::SecretArgs;
@@ -33,6 +34,9 @@ pub(crate) struct ServeArgs {
     listen: Option<SocketAddr>,
     #[command(flatten)]
     secret: SecretArgs,
+    /// For tests and drills: BREAK WORKER NUMBER WORKER ON PURPOSE, counted from 0, as 'phalanx worker --fault SPEC' does; once it is started again, it has no fault. May be given several times
+    #[arg(long = "fault", value_name = "WORKER:SPEC")]
+    faults: Vec<WorkerFault>,
 }
 
 #[derive(Debug, Args)]
@@ -100,6 +104,8 @@ pub(crate) struct WorkerArgs {
     /// Draw a progress bar while loading
     #[arg(long)]
     progress: bool,
+    #[command(flatten)]
+    faults: FaultArgs,
     /// Do not tell where a GPU's memory went
     #[arg(long)]
     quiet: bool,
@@ -109,8 +115,9 @@ pub(crate) struct WorkerArgs {
 }
 
 impl ServeArgs {
-    pub(crate) async fn run(self) -> Result<()> {
+    pub(crate) async fn run(mut self) -> Result<()> {
         let mut signals = Signals::listen()?;
+        self.cluster.faults = std::mem::take(&mut self.faults);
         let access = match self.listen {
             Some(listen) => Access { listen, secret: Some(self.secret.text()?) },
             None => Access::nobody(),
@@ -186,6 +193,7 @@ impl WorkerArgs {
     pub(crate) async fn run(self) -> Result<()> {
         tracing::info!(target: worker::STAGE, "worker started");
         self.model.check()?;
+        self.faults.warn();
         let coordinator = match (self.coordinator, self.registry.open().await?) {
             (Some(address), _) => Coordinators::At(address),
             (None, Some(registry)) => Coordinators::Elected(registry),
@@ -202,6 +210,8 @@ impl WorkerArgs {
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),
+            listening: if self.leave_with_stdin { |address| println!("{address}") } else { |_| {} },
+            faults: self.faults.faults,
             announce: if self.quiet { |_| {} } else { tell },
         };
         if self.leave_with_stdin {

@@ -132,6 +132,11 @@ impl Service {
         }
     }
 
+    /// The coordinator.
+    pub(crate) fn contender(&self) -> &Contender {
+        &self.contender
+    }
+
     /// Where the group stands.
     pub(crate) fn state(&self) -> watch::Receiver<State> {
         self.contender.state()

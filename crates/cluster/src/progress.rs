@@ -15,7 +15,7 @@ pub struct Progress {
     pub activity: Activity,
     /// The member of the group without which it cannot go on: counted stage after stage, rank after rank.
     pub waits_for: Option<usize>,
-    /// Exchanges with other ranks in this epoch.
+    /// Exchanges with other ranks in this epoch, and parts of the weights that were loaded for it.
     pub calls: u64,
     /// Bytes of weights that it holds.
     pub held: u64,

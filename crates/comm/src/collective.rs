@@ -127,7 +127,8 @@ impl AbortHandle {
         hooks.push(Box::new(hook));
     }
 
-    /// Exchanges with other ranks that began so far: it grows as long as this rank gets on.
+    /// Exchanges with other ranks that began so far, and whatever else [`AbortHandle::gets_on`] told of: it grows as long as this rank
+    /// gets on.
     pub fn calls(&self) -> u64 {
         self.0.calls.load(Ordering::Relaxed)
     }
@@ -138,9 +139,14 @@ impl AbortHandle {
         self.0.waits_for.load(Ordering::Relaxed).checked_sub(1)
     }
 
+    /// This rank gets on: a part of its weights was loaded, say.
+    pub fn gets_on(&self) {
+        self.0.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// An exchange begins.
     pub(crate) fn begin_call(&self) {
-        self.0.calls.fetch_add(1, Ordering::Relaxed);
+        self.gets_on();
     }
 
     /// From now on it waits for `rank` of its own stage, or for none.

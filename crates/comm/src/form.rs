@@ -63,16 +63,24 @@ impl Listener {
         abort: AbortHandle,
         limit: Duration,
     ) -> Result<(TcpTransport, StageLink)> {
-        let mut streams = form(self, spec, &abort, limit)?;
-        let ranks = 0..spec.width(spec.stage);
-        let own = ranks.map(|rank| streams.remove(&Member { stage: spec.stage, rank })).collect();
-        let link = StageLink::tcp(spec, streams, abort.clone())?;
-        Ok((TcpTransport::new(spec.rank, own, abort), link))
+        connected(spec, form(self, spec, &abort, limit)?, abort)
     }
 }
 
+/// A rank's ends of its streams.
+pub(crate) fn connected(
+    spec: &GroupSpec,
+    mut streams: BTreeMap<Member, TcpStream>,
+    abort: AbortHandle,
+) -> Result<(TcpTransport, StageLink)> {
+    let ranks = 0..spec.width(spec.stage);
+    let own = ranks.map(|rank| streams.remove(&Member { stage: spec.stage, rank })).collect();
+    let link = StageLink::tcp(spec, streams, abort.clone())?;
+    Ok((TcpTransport::new(spec.rank, own, abort), link))
+}
+
 /// The streams to all ranks that this one has to do with, non-blocking.
-fn form(
+pub(crate) fn form(
     listener: &Listener,
     spec: &GroupSpec,
     abort: &AbortHandle,

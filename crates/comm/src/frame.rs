@@ -11,7 +11,7 @@ const MAGIC: Range<usize> = 0..4;
 const CALL: Range<usize> = 4..12;
 const LENGTH: Range<usize> = 12..20;
 const CHECKSUM: Range<usize> = 20..24;
-const HEADER_BYTES: usize = 24;
+pub(crate) const HEADER_BYTES: usize = 24;
 
 /// A message on its way out.
 pub(crate) struct Outgoing<'a> {
@@ -117,6 +117,12 @@ fn header(call: u64, length: usize, checksum: u32) -> [u8; HEADER_BYTES] {
     bytes[LENGTH].copy_from_slice(&(length as u64).to_le_bytes());
     bytes[CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
     bytes
+}
+
+/// Bytes of the message that a header begins; it is this process's own.
+pub(crate) fn message_bytes(header: &[u8; HEADER_BYTES]) -> usize {
+    let length = header[LENGTH].iter().rev().fold(0, |length, byte| length << 8 | u64::from(*byte));
+    HEADER_BYTES.saturating_add(usize::try_from(length).unwrap_or(usize::MAX))
 }
 
 /// How many bytes went through; none if the stream would block.

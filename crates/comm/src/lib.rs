@@ -18,6 +18,7 @@ mod local;
 mod mesh;
 mod patience;
 mod ranges;
+mod tamper;
 mod tcp;
 mod transport;
 
@@ -28,5 +29,6 @@ pub use group::GroupSpec;
 pub use link::{StageLink, local_pipeline};
 pub use local::{LocalTransport, local_group};
 pub use mesh::MeshCollective;
+pub use tamper::{WireFault, Wires};
 pub use tcp::TcpTransport;
 pub use transport::Transport;

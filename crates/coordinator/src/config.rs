@@ -24,7 +24,8 @@ pub struct CoordinatorConfig {
     pub heartbeat_interval: Duration,
     /// A worker that is not heard of for this long is lost.
     pub heartbeat_timeout: Duration,
-    /// A rank that makes no progress in a step for this long is lost, unless the step may take longer by its size.
+    /// A rank that makes no progress in a step for this long is lost, unless the step may take longer by its size. In loading it may
+    /// take three times as long.
     pub progress_timeout: Duration,
 }
 

@@ -4,6 +4,8 @@
 //! heartbeats: while a step is in flight some rank must get on, or the step is given up after a deadline that grows with the
 //! step's rows and with what a row has taken so far.
 
+mod loading;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,8 @@ use cluster::{Activity, WorkerId};
 use engine::{Epoch, StepId};
 
 use crate::heartbeats::Heartbeats;
+
+pub(crate) use loading::hangs_in_loading;
 
 /// A step may take so many times what its rows took at their slowest.
 const SLACK: u32 = 8;

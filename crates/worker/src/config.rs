@@ -11,6 +11,8 @@ use comm::CollectiveChoice;
 use kernels::CudaOptions;
 use model::ModelOptions;
 
+use crate::Fault;
+
 /// What a worker computes on.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Device {
@@ -60,6 +62,10 @@ pub struct WorkerConfig {
     pub memory: Option<u64>,
     /// How long a coordinator may be out of reach.
     pub join_timeout: Duration,
+    /// Is told where its collectives listen, once they do.
+    pub listening: fn(&str),
+    /// What is to break on purpose.
+    pub faults: Vec<Fault>,
     /// Is given what people should see without asking: where a GPU's memory went, whenever a share was loaded.
     pub announce: fn(&str),
 }

@@ -50,6 +50,15 @@ pub enum WorkerError {
     /// The way between GPUs that was asked for is not open.
     #[error("cannot connect the GPUs")]
     Connect(#[source] comm::Error),
+    /// The executor thread does not come back from what it does.
+    #[error(
+        "the executor thread hangs: it has not left its group {seconds} s after that was over; start this worker again, since \
+         only the end of its process frees what it holds"
+    )]
+    Hung {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// This rank's share does not load.
     #[error("cannot load the model")]
     Load(#[source] model::Error),

@@ -12,15 +12,21 @@ use cluster::{Assignment, Part};
 use comm::AbortHandle;
 use engine::{StepOutput, StepPlan};
 use model::{Executor, Loaded, StepSize};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::timeout;
 use tracing::{debug_span, info, warn};
 
+use crate::WorkerError;
 use crate::load::Load;
 use crate::vitals::Vitals;
 
 /// How long the thread looks without pause for a step's end or a plan, and how long it pauses then: little beside a step.
 const AWAKE: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_micros(20);
+
+/// How long the thread may take to leave an epoch. Whatever waits for others is freed within milliseconds, and a load ends with the
+/// request that is being read: what is left is one rank's part of a step, which nothing cuts short.
+const LEAVE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
 
 /// What the thread tells of an epoch; the channel ends when it has left that.
 #[derive(Debug)]
@@ -48,6 +54,7 @@ pub(crate) enum Progress {
 pub(crate) struct ExecutorThread {
     tasks: blocking::Sender<Task>,
     thread: JoinHandle<()>,
+    hung: Arc<Notify>,
 }
 
 /// What the thread has to do in an epoch. Dropping it tells the thread to leave that; [`EpochWork::stop`] also waits until it has.
@@ -57,6 +64,7 @@ pub(crate) struct EpochWork {
     /// One entry for each plan, and the coordinator sends no more plans than are taken before an output.
     progress: mpsc::UnboundedReceiver<Progress>,
     abort: AbortOnDrop,
+    hung: Arc<Notify>,
 }
 
 /// What the thread is told.
@@ -112,7 +120,7 @@ impl ExecutorThread {
                 }
             }
         })?;
-        Ok(Self { tasks, thread })
+        Ok(Self { tasks, thread, hung: Arc::default() })
     }
 
     /// Begins with an epoch; the one before was stopped.
@@ -124,7 +132,13 @@ impl ExecutorThread {
         // If the thread has ended, so has the channel of progress.
         let job = Job { assignment, vitals, plans: inbox, progress: sender, abort: abort.clone() };
         let _ = self.tasks.send(Task::Epoch(job));
-        EpochWork { plans, progress, abort: AbortOnDrop(abort) }
+        EpochWork { plans, progress, abort: AbortOnDrop(abort), hung: self.hung.clone() }
+    }
+
+    /// Ends when the thread did not leave an epoch in time: it hangs, and only the end of the process frees what it holds.
+    pub(crate) async fn hung(&self) -> WorkerError {
+        self.hung.notified().await;
+        WorkerError::Hung { seconds: LEAVE_LIMIT.as_secs() }
     }
 
     /// Begins to load a part of the model that may be needed, until what this returns is dropped: then the thread is free at the next
@@ -137,7 +151,7 @@ impl ExecutorThread {
 
     /// Waits until the thread has ended and its memory is free; its epoch was stopped.
     pub(crate) async fn end(self) {
-        let Self { tasks, thread } = self;
+        let Self { tasks, thread, .. } = self;
         drop(tasks);
         let _ = tokio::task::spawn_blocking(move || thread.join()).await;
     }
@@ -155,11 +169,16 @@ impl EpochWork {
     }
 
     /// Frees the thread from whatever it waits for and waits until it has left the epoch. KV cache and activations are free then;
-    /// weights stay. A load ends with the request that is being read.
+    /// weights stay. A load ends with the request that is being read. From a thread that hangs, nobody comes back:
+    /// [`ExecutorThread::hung`] says so.
     pub(crate) async fn stop(self) {
-        let Self { plans, mut progress, abort } = self;
+        let Self { plans, mut progress, abort, hung } = self;
         drop((plans, abort));
-        while progress.recv().await.is_some() {}
+        let left = async { while progress.recv().await.is_some() {} };
+        if timeout(LEAVE_LIMIT, left).await.is_err() {
+            hung.notify_one();
+            std::future::pending().await
+        }
     }
 }
 

@@ -62,7 +62,8 @@ mod built_in {
         drop(gpu);
         let announce = config.announce;
         let identity = identity(config, &site).await?;
-        serve_until(&identity, CudaLoad { site, options, collective, announce }, shutdown).await
+        let faults = site.faults.clone();
+        serve_until(&identity, CudaLoad { site, options, collective, announce }, faults, shutdown).await
     }
 
     impl Load for CudaLoad {

@@ -8,6 +8,7 @@
 mod config;
 mod error;
 mod executor;
+mod fault;
 mod gpu;
 mod join;
 mod load;
@@ -27,8 +28,10 @@ use tracing::{info, warn};
 
 pub use config::{Coordinators, Device, WorkerConfig};
 pub use error::WorkerError;
+pub use fault::Fault;
 
 use crate::executor::ExecutorThread;
+use crate::fault::{Faults, FaultyLoad};
 use crate::join::Identity;
 use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
@@ -50,13 +53,15 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
             info!(target: STAGE, "device opened");
             let site = Site::open(&config, &backend)?;
             let identity = identity(config, &site).await?;
-            serve_until(&identity, CpuLoad { site, threads }, shutdown).await
+            let faults = site.faults.clone();
+            serve_until(&identity, CpuLoad { site, threads }, faults, shutdown).await
         }
         Device::Cuda { options, collective } => gpu::run(config, options, collective, shutdown).await,
     }
 }
 
 async fn identity(config: WorkerConfig, site: &Site) -> Result<Identity, WorkerError> {
+    (config.listening)(&site.address);
     Ok(Identity {
         coordinator: Whereabouts::open(&config.coordinator).await?,
         secret: config.secret,
@@ -71,8 +76,15 @@ async fn identity(config: WorkerConfig, site: &Site) -> Result<Identity, WorkerE
 async fn serve_until(
     identity: &Identity,
     load: impl Load,
+    faults: Option<Faults>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
+    let served = async {
+        match faults {
+            Some(faults) => serve(identity, FaultyLoad { load, faults }).await,
+            None => serve(identity, load).await,
+        }
+    };
     let registration = identity.coordinator.register(WorkerEntry {
         host: identity.host.clone(),
         collective_address: identity.collective_address.clone(),
@@ -80,7 +92,7 @@ async fn serve_until(
         fingerprint: identity.report.fingerprint.clone(),
     });
     let result = tokio::select! {
-        result = serve(identity, load) => result,
+        result = served => result,
         () = shutdown => Ok(()),
     };
     if let Some(registration) = registration {
@@ -92,7 +104,11 @@ async fn serve_until(
 /// Joins again and again; see [`run`].
 async fn serve(identity: &Identity, load: impl Load) -> Result<(), WorkerError> {
     let thread = ExecutorThread::start(load).map_err(WorkerError::Thread)?;
-    let result = serve_on(identity, &thread).await;
+    let result = tokio::select! {
+        result = serve_on(identity, &thread) => result,
+        // It is not waited for.
+        error = thread.hung() => return Err(error),
+    };
     thread.end().await;
     result
 }

@@ -10,6 +10,7 @@ use kernels::{Backend, Cpu};
 use model::{Executor, Held, Loaded, ModelExecutor, ModelSource, Share, Stage};
 use tracing::info;
 
+use crate::fault::Faults;
 use crate::{Device, STAGE, WorkerConfig, WorkerError};
 
 /// All ranks connect within this time. They are told at the same moment, but one may still be ending what it did.
@@ -65,6 +66,8 @@ pub(crate) struct Site {
     pub(crate) source: ModelSource,
     listener: Listener,
     secret: Secret,
+    /// What breaks on purpose, if anything.
+    pub(crate) faults: Option<Faults>,
     /// What it serves.
     pub(crate) report: ModelReport,
     /// What it brings.
@@ -95,6 +98,7 @@ impl Site {
             source,
             listener,
             secret: config.secret.clone(),
+            faults: Faults::new(&config.faults),
             report: ModelReport { name, vocabulary, max_context, units, block_size, eos, fingerprint, needs },
             resources,
             address: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
@@ -118,7 +122,10 @@ impl Site {
             stages: stages.iter().map(addresses).collect(),
             secret: self.secret.clone(),
         };
-        Ok(self.listener.form(&spec, abort, FORM_LIMIT)?)
+        Ok(match self.faults.as_ref().and_then(Faults::wires) {
+            None => self.listener.form(&spec, abort, FORM_LIMIT)?,
+            Some(wires) => self.listener.form_over(wires, &spec, abort, FORM_LIMIT)?,
+        })
     }
 
     /// See [`Load::load`].
@@ -151,7 +158,10 @@ impl Site {
     ) -> Result<Loaded, model::Error> {
         self.source.load(held, share, &mut || match abort.is_aborted() {
             true => Err(comm::Error::Aborted.into()),
-            false => Ok(()),
+            false => {
+                abort.gets_on();
+                Ok(())
+            }
         })
     }
 }

@@ -1,6 +1,7 @@
 //! A worker against a coordinator that the test plays, message by message.
 
 mod fake;
+mod faults;
 mod held;
 mod leaders;
 
@@ -34,6 +35,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use self::fake::{FakeLoad, UNIT_BYTES};
 use crate::join::Identity;
+use crate::load::Load;
 use crate::whereabouts::Whereabouts;
 use crate::{Coordinators, WorkerError, serve};
 
@@ -95,7 +97,7 @@ struct Scene {
 }
 
 impl Scene {
-    async fn start(load: FakeLoad) -> Self {
+    async fn start(load: impl Load) -> Self {
         let secret = Secret::random();
         let (address, mut scene) = Self::without_worker(&secret).await;
         let identity = identity(&address, &secret);

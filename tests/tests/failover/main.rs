@@ -3,6 +3,8 @@
 //! Whole clusters of real processes on the CPU. Each test compares all tokens and their probabilities with those of a cluster that
 //! nothing happened to, and prints how long it took to notice, to form, to load, and to see the next token.
 
+mod embedded;
+mod faults;
 mod groups;
 mod pipelines;
 

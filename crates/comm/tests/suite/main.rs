@@ -12,3 +12,4 @@ mod gpu;
 mod groups;
 mod links;
 mod pipelines;
+mod tamper;

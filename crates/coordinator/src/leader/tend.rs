@@ -7,6 +7,7 @@ use tracing::info;
 
 use super::Leader;
 use crate::clock;
+use crate::detector::hangs_in_loading;
 use crate::incidents::Incident;
 use crate::replica::Replica;
 
@@ -46,7 +47,9 @@ impl Leader {
         let replica = self.replicas.get(&number).zip(sampler);
         let in_step =
             || replica.and_then(|(r, sampler)| r.detector.hang(heartbeats, epoch, members, sampler, now));
-        if let Some(hang) = heartbeats.lingers(epoch, members, now).or_else(in_step) {
+        let in_loading = || hangs_in_loading(heartbeats, members, self.config.progress_timeout);
+        let hang = heartbeats.lingers(epoch, members, now).or_else(in_step).or_else(in_loading);
+        if let Some(hang) = hang {
             self.fail(members[hang.rank], epoch, &hang.reason, None);
         }
     }

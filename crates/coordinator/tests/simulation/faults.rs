@@ -35,7 +35,7 @@ pub(crate) enum WorkerFault {
     Killed,
     /// Its machine is gone: nobody is told.
     Vanished,
-    /// It computes no further, but says that it lives, until the coordinator sends it away. Then its process is started again.
+    /// It computes and loads no further, but says that it lives, until the coordinator sends it away. Then its process is started again.
     Hung,
     /// Its process is stopped, and goes on later.
     Stopped,

@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 pub(crate) struct Control {
     /// It was stopped: none of its tasks goes on.
     pub(crate) stopped: Gate,
-    /// Its steps stand still, the rest goes on.
+    /// Its steps and its loading stand still, the rest goes on.
     pub(crate) hung: Gate,
     /// Steps take so many times as long.
     pub(crate) slowness: AtomicU32,

@@ -115,6 +115,7 @@ impl Running {
             return self.tell(news);
         }
         sleep(self.worker.pace.load).await;
+        self.worker.control.hung.pass().await;
         self.worker.control.stopped.pass().await;
         if strikes(&self.worker.control.fails_load) {
             return self.tell(News::LoadFailed);
