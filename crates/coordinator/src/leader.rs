@@ -1,5 +1,6 @@
 //! The one task that owns the groups and their requests.
 
+mod examine;
 mod operate;
 mod serve;
 mod tend;
@@ -7,6 +8,7 @@ mod tend;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use cluster::doctor::Findings;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, Welcome};
 use cluster::{Session, WorkerId};
@@ -20,6 +22,7 @@ use tracing::{debug, info, warn};
 use crate::api::{EngineError, ModelInfo};
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
+use crate::examination::Introduction;
 use crate::groups::{Effect, Groups, Newcomer};
 use crate::handle::CoordinatorHandle;
 use crate::heartbeats::Heartbeats;
@@ -57,6 +60,8 @@ impl Coordinator {
             joined: Instant::now(),
             workers: BTreeMap::new(),
             replicas: BTreeMap::new(),
+            findings: None,
+            complaints: Vec::new(),
             state: state_sender,
             model: model_sender,
         };
@@ -75,6 +80,10 @@ struct Leader {
     workers: BTreeMap<WorkerId, Connection>,
     /// The requests of each group that has served.
     replicas: BTreeMap<u32, Replica>,
+    /// Where findings of the last examination go.
+    findings: Option<mpsc::Sender<(WorkerId, Findings)>>,
+    /// What is odd about the members of groups.
+    complaints: Vec<String>,
     state: watch::Sender<State>,
     model: watch::Sender<Option<ModelInfo>>,
 }
@@ -82,6 +91,7 @@ struct Leader {
 /// A worker's streams.
 struct Connection {
     session: Session,
+    introduction: Introduction,
     join: JoinSender,
     plans: Option<PlanSender>,
 }
@@ -128,11 +138,15 @@ impl Leader {
             Command::Operate { order, reply } => {
                 let _ = reply.send(self.operate(order));
             }
+            Command::Examine { disturb, reply } => {
+                let _ = reply.send(self.examination(disturb));
+            }
+            Command::Findings { worker, findings } => self.found(worker, findings),
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
             }
-            Command::Join { newcomer, session, down, reply } => {
-                let _ = reply.send(self.join(*newcomer, session, down));
+            Command::Join { newcomer, introduction, session, down, reply } => {
+                let _ = reply.send(self.join(*newcomer, *introduction, session, down));
                 let effects = self.groups.muster(false);
                 self.perform(effects);
             }
@@ -170,7 +184,13 @@ impl Leader {
         }
     }
 
-    fn join(&mut self, newcomer: Newcomer, session: Session, down: JoinSender) -> Result<WorkerId, Status> {
+    fn join(
+        &mut self,
+        newcomer: Newcomer,
+        introduction: Introduction,
+        session: Session,
+        down: JoinSender,
+    ) -> Result<WorkerId, Status> {
         // Two cannot listen at one address: the one that was there has come back on a new connection.
         let address = newcomer.address.clone();
         if let Some(before) = self.groups.at(&address) {
@@ -188,7 +208,7 @@ impl Leader {
         let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
         let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
-        self.workers.insert(id, Connection { session, join: down, plans: None });
+        self.workers.insert(id, Connection { session, introduction, join: down, plans: None });
         Ok(id)
     }
 
@@ -224,6 +244,7 @@ impl Leader {
         if effects.is_empty() {
             return self.tell_state();
         }
+        let formed = effects.iter().any(|effect| matches!(effect, Effect::Assign(..)));
         for effect in effects {
             match effect {
                 Effect::Lost(loss) => {
@@ -253,6 +274,9 @@ impl Leader {
                 Effect::Serve(standing) => self.serve(standing),
             }
         }
+        if formed {
+            self.look_over();
+        }
         self.share_out();
         self.tell_state();
     }
@@ -271,9 +295,9 @@ impl Leader {
     }
 
     fn status(&self) -> ClusterStatus {
-        let Self { groups, heartbeats, incidents, replicas, .. } = self;
-        View { state: &self.state.borrow(), groups, heartbeats, incidents, replicas, now: Instant::now() }
-            .status()
+        let Self { groups, heartbeats, incidents, replicas, complaints, .. } = self;
+        let (state, now) = (&self.state.borrow(), Instant::now());
+        View { state, groups, heartbeats, incidents, replicas, complaints, now }.status()
     }
 
     fn tell_state(&self) {

@@ -9,6 +9,7 @@ mod command;
 mod config;
 mod contender;
 mod detector;
+mod examination;
 mod groups;
 mod handle;
 mod heartbeats;

@@ -5,11 +5,13 @@
 //! ends at the channels in front of the executor thread, where everything blocking lives.
 
 mod config;
+mod doctor;
 mod error;
 mod executor;
 mod gpu;
 mod join;
 mod load;
+mod probe;
 mod session;
 mod vitals;
 mod whereabouts;
@@ -21,6 +23,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::doctor::Library;
 use cluster::registry::members::WorkerEntry;
 use kernels::Cpu;
 use tracing::{info, warn};
@@ -28,6 +31,7 @@ use tracing::{info, warn};
 pub use config::{Coordinators, Device, WorkerConfig};
 pub use error::WorkerError;
 
+use crate::doctor::Examinee;
 use crate::join::Identity;
 use crate::load::{CpuLoad, Load, Site};
 use crate::session::End;
@@ -48,15 +52,20 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
             info!(target: STAGE, "device opened");
             let site = Site::open(&config, &backend)?;
-            let identity = identity(config, &site).await?;
+            let identity = identity(config, &site, Vec::new()).await?;
             serve_until(&identity, CpuLoad { site, threads }, shutdown).await
         }
         Device::Cuda { options, collective } => gpu::run(config, options, collective, shutdown).await,
     }
 }
 
-async fn identity(config: WorkerConfig, site: &Site) -> Result<Identity, WorkerError> {
+async fn identity(
+    config: WorkerConfig,
+    site: &Site,
+    libraries: Vec<Library>,
+) -> Result<Identity, WorkerError> {
     Ok(Identity {
+        examinee: Arc::new(Examinee::start(&config, libraries).await?),
         coordinator: Whereabouts::open(&config.coordinator).await?,
         secret: config.secret,
         collective_address: site.address.clone(),
