@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod checkpoint;
 mod cuda_kernels;
+mod doctor;
 mod embedded;
 mod fault;
 mod generate;
@@ -55,6 +56,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Have a worker no part in any group, so that it may be stopped without notice
     Drain(operate::DrainArgs),
+    /// Examine a cluster: versions, links, clocks, disks; names whoever is at fault
+    Doctor(doctor::DoctorArgs),
     /// Ask for other groups: more or fewer ranks, stages, replicas
     Scale(operate::ScaleArgs),
     /// Look at checkpoints, rename their tensors, make random ones
@@ -78,6 +81,7 @@ impl Command {
             Self::Worker(args) => on_runtime(args.run()),
             Self::Status(args) => on_runtime(args.run()),
             Self::Drain(args) => on_runtime(args.run()),
+            Self::Doctor(args) => on_runtime(args.run()),
             Self::Scale(args) => on_runtime(args.run()),
             Self::Checkpoint(command) => command.run(),
             Self::Kernels(command) => command.run(),

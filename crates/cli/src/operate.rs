@@ -9,12 +9,12 @@ use crate::secret::SecretArgs;
 
 /// Where orders go, and what proves that one may give them.
 #[derive(Debug, Args)]
-struct OperatorArgs {
+pub(crate) struct OperatorArgs {
     #[command(flatten)]
-    secret: SecretArgs,
+    pub(crate) secret: SecretArgs,
     /// The coordinator's address for workers; of several coordinators all, with commas
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7071")]
-    coordinator: String,
+    pub(crate) coordinator: String,
 }
 
 #[derive(Debug, Args)]

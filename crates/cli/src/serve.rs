@@ -29,7 +29,7 @@ pub(crate) struct ServeArgs {
     /// Address of the public gRPC service
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     grpc: SocketAddr,
-    /// Address that operators (`phalanx drain`, `phalanx scale`) and further workers use, if they know the secret [default: none but this process's own workers do, on a free port]
+    /// Address that operators (`phalanx drain`, `phalanx scale`, `phalanx doctor`) and further workers use, if they know the secret [default: none but this process's own workers do, on a free port]
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
     #[command(flatten)]
@@ -89,6 +89,9 @@ pub(crate) struct WorkerArgs {
     /// Where this worker's collectives listen; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:0")]
     listen: SocketAddr,
+    /// The port at which this worker answers the probes of `phalanx doctor`, at the address of --listen; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    probe_port: u16,
     /// This machine's name or address, as the other workers reach it
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
     host: String,
@@ -203,6 +206,7 @@ impl WorkerArgs {
             coordinator,
             secret: self.secret.secret()?,
             listen: self.listen,
+            probe_port: self.probe_port,
             advertised_host: self.host,
             device: self.model.device(),
             zone: self.zone,

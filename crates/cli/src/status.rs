@@ -100,6 +100,12 @@ fn text(status: &ClusterStatus, now: SystemTime) -> String {
         let kind = if spare.drained { "drained" } else { "spare" };
         let _ = writeln!(out, "{kind:<7} {}", describe(spare));
     }
+    if !status.complaints.is_empty() {
+        let _ = writeln!(out, "\ncomplaints");
+    }
+    for complaint in &status.complaints {
+        let _ = writeln!(out, "  {complaint}");
+    }
     if !status.incidents.is_empty() {
         let _ = writeln!(out, "\nlast incidents");
     }
@@ -165,6 +171,7 @@ fn to_json(status: &ClusterStatus) -> Value {
         "waiting": status.waiting,
         "groups": status.groups.iter().map(group_json).collect::<Vec<_>>(),
         "spares": status.spares.iter().map(worker_json).collect::<Vec<_>>(),
+        "complaints": status.complaints,
         "incidents": status.incidents.iter().map(incident_json).collect::<Vec<_>>(),
     })
 }
@@ -294,6 +301,7 @@ mod tests {
             running: 4,
             waiting: 1,
             incidents: vec![incident],
+            complaints: vec!["worker here:1: MTU 1500".into()],
         }
     }
 
@@ -307,6 +315,7 @@ mod tests {
             "stage 0 rank 0   layers 0..5   units 0..4   worker 3 at here:1 (here zone a, cpu, 3.00 GiB): computing step 7, holds 5.00 MiB, heard 12 ms ago",
             "spare   worker 3 at here:1",
             "drained worker 3 at here:1",
+            "complaints\n  worker here:1: MTU 1500\n",
             "5 s ago  group 1  rank 1 of stage 0 (worker 2 at there:1): no heartbeat  ranks 2 -> 1 in epoch 2  \
              detect 40 ms, form 5 ms, load 70 ms (3.00 MiB), 2 requests went on in other groups\n",
         ] {
@@ -320,6 +329,7 @@ mod tests {
         assert_eq!(json["groups"][0]["ranks"][0]["worker"]["address"], "here:1");
         assert_eq!(json["groups"][0]["ranks"][0]["units"], json!([0, 4]));
         assert_eq!(json["spares"][0]["worker"], 3);
+        assert_eq!(json["complaints"][0], "worker here:1: MTU 1500");
         assert_eq!(json["incidents"][0]["load_ms"], 70.0);
         assert_eq!(json["incidents"][0]["recompute_ms"], Value::Null);
         assert_eq!(json["incidents"][0]["losses"][0]["rank"], 1);

@@ -23,12 +23,14 @@ use crate::servers::Servers;
 pub use cluster::proto::generate_request::Prompt;
 pub use cluster::proto::generate_response::Event;
 pub use cluster::proto::{
-    ChatMessage, ClusterStatus, Conversation, FinishReason, Finished, GenerateRequest, GroupStatus, Incident,
-    Loss, Model, RankStatus, SamplingOptions, Started, Token, TokenIds, Usage, WorkerStatus,
+    ChatMessage, ClusterStatus, Complaint, Conversation, DiskSpeed, DoctorReport, ExaminedLink,
+    ExaminedWorker, Facts, FinishReason, Finished, GenerateRequest, GroupStatus, Incident, Library,
+    LinkMeasures, Loss, Model, NetworkInterface, RankStatus, SamplingOptions, Started, Token, TokenIds,
+    Usage, WorkerStatus,
 };
 pub use error::Error;
 pub use generation::Generation;
-pub use operator::operate;
+pub use operator::{examine, operate};
 
 /// How long a generation waits for a server, unless told otherwise: another coordinator takes over, workers load the model.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -5,7 +5,7 @@ use cluster::proof::nonce;
 use cluster::proto::cluster_client::ClusterClient;
 use cluster::proto::operator_message::Message as Up;
 use cluster::proto::operator_reply::Message as Down;
-use cluster::proto::{OperatorHello, OperatorMessage, OperatorReply, ProvenOrder};
+use cluster::proto::{DoctorReport, OperatorHello, OperatorMessage, OperatorReply, ProvenOrder};
 use cluster::{Order, PROTOCOL, Session};
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
@@ -22,9 +22,27 @@ const MESSAGES: usize = 2;
 /// [`Error::Refused`] with the coordinator's reason, [`Error::Secret`] where it has another secret, and [`Error::Unreachable`] where
 /// there is none.
 pub async fn operate(addresses: &str, secret: &Secret, order: &Order) -> Result<String, Error> {
+    match give(addresses, secret, order).await? {
+        Down::Done(done) => Ok(done),
+        _ => Err(Error::Protocol("no answer to an order")),
+    }
+}
+
+/// Has all workers examined, even if that `disturb`s groups that work. Takes up to ten seconds.
+///
+/// # Errors
+/// As [`operate`].
+pub async fn examine(addresses: &str, secret: &Secret, disturb: bool) -> Result<DoctorReport, Error> {
+    match give(addresses, secret, &Order::Doctor { disturb }).await? {
+        Down::Report(report) => Ok(report),
+        _ => Err(Error::Protocol("no report of an examination")),
+    }
+}
+
+async fn give(addresses: &str, secret: &Secret, order: &Order) -> Result<Down, Error> {
     let mut failure = None;
     for address in addresses.split(',') {
-        match operate_at(authority(address), secret, order).await {
+        match give_to(authority(address), secret, order).await {
             Err(error) if error.is_passing() => drop(failure.get_or_insert(error)),
             settled => return settled,
         }
@@ -32,7 +50,7 @@ pub async fn operate(addresses: &str, secret: &Secret, order: &Order) -> Result<
     Err(failure.unwrap_or_else(|| Error::Address(addresses.to_owned())))
 }
 
-async fn operate_at(address: &str, secret: &Secret, order: &Order) -> Result<String, Error> {
+async fn give_to(address: &str, secret: &Secret, order: &Order) -> Result<Down, Error> {
     let unreachable = |source| Error::Unreachable { address: address.to_owned(), source };
     let channel = endpoint(address)?.connect().await.map_err(unreachable)?;
     let failed = |status| Error::from_status(address, status);
@@ -54,10 +72,7 @@ async fn operate_at(address: &str, secret: &Secret, order: &Order) -> Result<Str
     let order = order.encode();
     let proof = session.order_proof(&order);
     send(&up, Up::Order(ProvenOrder { order, proof })).await;
-    match receive(&mut down).await.map_err(failed)? {
-        Some(Down::Done(done)) => Ok(done),
-        _ => Err(Error::Protocol("no answer to an order")),
-    }
+    receive(&mut down).await.map_err(failed)?.ok_or(Error::Protocol("no answer to an order"))
 }
 
 /// If the stream has ended, that shows on the way down.

@@ -5,6 +5,7 @@
 
 pub mod assignment;
 pub mod convert;
+pub mod doctor;
 pub mod formation;
 mod needs;
 pub mod order;

@@ -27,6 +27,11 @@ pub enum Order {
         /// Groups, at most.
         replicas: Option<usize>,
     },
+    /// Examine all workers.
+    Doctor {
+        /// How much links carry is measured even though a group works.
+        disturb: bool,
+    },
 }
 
 impl Order {
@@ -70,6 +75,7 @@ impl From<Order> for proto::Order {
                 });
                 Wire::Scale(proto::Scale { shape, replicas: replicas.map(number) })
             }
+            Order::Doctor { disturb } => Wire::Doctor(proto::Doctor { disturb }),
         };
         Self { order: Some(order) }
     }
@@ -93,6 +99,7 @@ impl TryFrom<proto::Order> for Order {
                 convert::check("order.scale.replicas", in_range, "is out of range")?;
                 Self::Scale { shape: shape.map(Shape::try_from).transpose()?, replicas }
             }
+            Wire::Doctor(proto::Doctor { disturb }) => Self::Doctor { disturb },
         })
     }
 }
@@ -122,6 +129,7 @@ mod tests {
         for order in [
             Order::Drain { address: address() },
             Order::Restore { address: address() },
+            Order::Doctor { disturb: true },
             Order::Scale { shape: None, replicas: Some(3) },
             Order::Scale { shape: Some(Shape::Auto { max_stages: 2 }), replicas: None },
             Order::Scale { shape: Some(Shape::Fixed { stages: 2, ranks: 3, min_ranks: 1 }), replicas: None },

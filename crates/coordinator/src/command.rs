@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use cluster::doctor::Findings;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame};
 use cluster::{MAX_STAGES, MAX_STEPS_IN_FLIGHT, Order, Progress, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
@@ -10,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::api::{EngineError, Submission};
+use crate::examination::{Examination, Introduction};
 use crate::groups::{Capacity, Newcomer};
 
 /// Plans on their way to one rank: as many steps as can be in flight, and a few that a rank which does not sample may be behind. One
@@ -33,11 +35,16 @@ pub(crate) enum Command {
     },
     /// From an operator: what to change; the answer is for people.
     Operate { order: Order, reply: oneshot::Sender<Result<String, String>> },
+    /// From an operator: examine all workers, even if that disturbs groups.
+    Examine { disturb: bool, reply: oneshot::Sender<Result<Examination, String>> },
+    /// A worker answers an examination.
+    Findings { worker: WorkerId, findings: Findings },
     /// From a handle: how things stand.
     Status { reply: oneshot::Sender<ClusterStatus> },
     /// A worker has proven that it knows the secret.
     Join {
         newcomer: Box<Newcomer>,
+        introduction: Box<Introduction>,
         session: Session,
         down: JoinSender,
         reply: oneshot::Sender<Result<WorkerId, Status>>,

@@ -1,5 +1,6 @@
 //! The one task that owns the groups and their requests.
 
+mod examine;
 mod operate;
 mod serve;
 mod tend;
@@ -7,6 +8,7 @@ mod tend;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use cluster::doctor::Findings;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, Welcome};
 use cluster::{Part, Session, WorkerId, preload};
@@ -21,6 +23,7 @@ use crate::api::{EngineError, ModelInfo};
 use crate::clock;
 use crate::command::{Command, JoinSender, PlanSender};
 use crate::config::CoordinatorConfig;
+use crate::examination::Introduction;
 use crate::groups::{Effect, Groups, Newcomer};
 use crate::handle::CoordinatorHandle;
 use crate::heartbeats::Heartbeats;
@@ -59,6 +62,8 @@ impl Coordinator {
             newcomers: false,
             workers: BTreeMap::new(),
             replicas: BTreeMap::new(),
+            findings: None,
+            complaints: Vec::new(),
             state: state_sender,
             model: model_sender,
         };
@@ -79,6 +84,10 @@ struct Leader {
     workers: BTreeMap<WorkerId, Connection>,
     /// The requests of each group that has served.
     replicas: BTreeMap<u32, Replica>,
+    /// Where findings of the last examination go.
+    findings: Option<mpsc::Sender<(WorkerId, Findings)>>,
+    /// What is odd about the members of groups.
+    complaints: Vec<String>,
     state: watch::Sender<State>,
     model: watch::Sender<Option<ModelInfo>>,
 }
@@ -86,6 +95,7 @@ struct Leader {
 /// A worker's streams.
 struct Connection {
     session: Session,
+    introduction: Introduction,
     join: JoinSender,
     plans: Option<PlanSender>,
     /// What it was told to hold for the time when it is needed.
@@ -139,11 +149,15 @@ impl Leader {
             Command::Operate { order, reply } => {
                 let _ = reply.send(self.operate(order));
             }
+            Command::Examine { disturb, reply } => {
+                let _ = reply.send(self.examination(disturb));
+            }
+            Command::Findings { worker, findings } => self.found(worker, findings),
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
             }
-            Command::Join { newcomer, session, down, reply } => {
-                let _ = reply.send(self.join(*newcomer, session, down));
+            Command::Join { newcomer, introduction, session, down, reply } => {
+                let _ = reply.send(self.join(*newcomer, *introduction, session, down));
                 self.newcomers = true;
             }
             Command::Heartbeat { worker, progress } => {
@@ -180,7 +194,13 @@ impl Leader {
         }
     }
 
-    fn join(&mut self, newcomer: Newcomer, session: Session, down: JoinSender) -> Result<WorkerId, Status> {
+    fn join(
+        &mut self,
+        newcomer: Newcomer,
+        introduction: Introduction,
+        session: Session,
+        down: JoinSender,
+    ) -> Result<WorkerId, Status> {
         // Two cannot listen at one address: the one that was there has come back on a new connection.
         let address = newcomer.address.clone();
         if let Some(before) = self.groups.at(&address) {
@@ -198,7 +218,8 @@ impl Leader {
         let heartbeat_millis = self.config.heartbeat_interval.as_millis() as u32;
         let welcome = Message::Welcome(Welcome { worker_id: id.0, heartbeat_millis });
         let _ = down.send(Ok(CoordinatorMessage { message: Some(welcome) }));
-        self.workers.insert(id, Connection { session, join: down, plans: None, prepared: None });
+        let connection = Connection { session, introduction, join: down, plans: None, prepared: None };
+        self.workers.insert(id, connection);
         Ok(id)
     }
 
@@ -234,6 +255,7 @@ impl Leader {
         if effects.is_empty() {
             return self.tell_state();
         }
+        let formed = effects.iter().any(|effect| matches!(effect, Effect::Assign(..)));
         // How long members of the group that was lost last may still take for what they are in.
         let mut may_take = None;
         for effect in effects {
@@ -268,6 +290,9 @@ impl Leader {
                 Effect::Dismiss(worker, reason) => self.dismiss(worker, Status::aborted(reason)),
                 Effect::Serve(standing) => self.serve(standing),
             }
+        }
+        if formed {
+            self.look_over();
         }
         self.share_out();
         self.prepare_spares();
@@ -307,9 +332,9 @@ impl Leader {
     }
 
     fn status(&self) -> ClusterStatus {
-        let Self { groups, heartbeats, incidents, replicas, .. } = self;
-        View { state: &self.state.borrow(), groups, heartbeats, incidents, replicas, now: clock::now() }
-            .status()
+        let Self { groups, heartbeats, incidents, replicas, complaints, .. } = self;
+        let (state, now) = (&self.state.borrow(), clock::now());
+        View { state, groups, heartbeats, incidents, replicas, complaints, now }.status()
     }
 
     fn tell_state(&self) {

@@ -10,6 +10,7 @@ mod command;
 mod config;
 mod contender;
 mod detector;
+mod examination;
 mod groups;
 mod handle;
 mod heartbeats;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use auth::{Nonce, Secret};
 use cluster::convert::{self, Malformed};
+use cluster::doctor::{Facts, Findings};
 use cluster::proof::nonce;
 use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::worker_message::Message as Up;
@@ -26,6 +27,7 @@ use tracing::warn;
 use crate::clock;
 use crate::command::{Command, JoinSender, PLANS_BUFFERED};
 use crate::config::CoordinatorConfig;
+use crate::examination::Introduction;
 use crate::groups::{Capacity, Newcomer};
 
 /// A stranger may not keep a stream open for longer without proving itself.
@@ -78,7 +80,16 @@ impl ClusterService {
         down: &JoinSender,
     ) -> Result<WorkerId, Status> {
         let Up::Hello(hello) = receive(up).await? else { return Err(unexpected("hello")) };
-        let Hello { protocol, nonce: theirs, collective_address, host, model, resources } = hello;
+        let Hello {
+            protocol,
+            nonce: theirs,
+            collective_address,
+            host,
+            model,
+            resources,
+            facts,
+            probe_address,
+        } = hello;
         check_protocol("worker", protocol)?;
         let theirs = nonce("hello.nonce", &theirs).map_err(invalid)?;
         let address = convert::text("hello.collective_address", collective_address).map_err(invalid)?;
@@ -87,6 +98,8 @@ impl ClusterService {
             convert::present("hello.model", model).and_then(ModelReport::try_from).map_err(invalid)?;
         let resources =
             convert::present("hello.resources", resources).and_then(Resources::try_from).map_err(invalid)?;
+        let facts = facts.map(Facts::try_from).transpose().map_err(invalid)?.unwrap_or_default();
+        let probe_address = convert::text("hello.probe_address", probe_address).map_err(invalid)?;
 
         let ours = Nonce::random();
         let session = Session::new(self.secret.clone(), theirs, ours);
@@ -102,7 +115,8 @@ impl ClusterService {
         let (reply, answer) = oneshot::channel();
         let down = down.clone();
         let newcomer = Box::new(Newcomer { address, host, report: model, resources });
-        self.send(Command::Join { newcomer, session, down, reply }).await?;
+        let introduction = Box::new(Introduction { facts, probe_address });
+        self.send(Command::Join { newcomer, introduction, session, down, reply }).await?;
         answer.await.map_err(|_| stopped())?
     }
 
@@ -249,6 +263,7 @@ fn command(worker: WorkerId, message: Up) -> Result<Command, Malformed> {
             reason: convert::text("failed.reason", failed.reason)?,
             at_member: failed.at_member.map(|rank| rank as usize),
         }),
+        Up::Findings(findings) => Ok(Command::Findings { worker, findings: Findings::try_from(findings)? }),
         Up::Hello(_) => Err(Malformed { field: "hello", problem: "came twice".into() }),
         Up::Proof(_) => Err(Malformed { field: "proof", problem: "came twice".into() }),
     }

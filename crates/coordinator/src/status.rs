@@ -23,6 +23,7 @@ pub(crate) struct View<'a> {
     pub(crate) heartbeats: &'a Heartbeats,
     pub(crate) incidents: &'a Incidents,
     pub(crate) replicas: &'a BTreeMap<u32, Replica>,
+    pub(crate) complaints: &'a [String],
     pub(crate) now: Instant,
 }
 
@@ -40,6 +41,7 @@ impl View<'_> {
             running: loads().map(|load| load.running as u32).sum(),
             waiting: loads().map(|load| load.waiting as u32).sum(),
             incidents: self.incidents.iter().map(incident).collect(),
+            complaints: self.complaints.to_vec(),
         }
     }
 

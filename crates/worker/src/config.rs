@@ -48,6 +48,8 @@ pub struct WorkerConfig {
     pub secret: Secret,
     /// Where its collectives listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Where it answers the probes of an examination, at the address of its collectives; port 0 takes a free one.
+    pub probe_port: u16,
     /// This machine, as other workers reach it.
     pub advertised_host: String,
     /// The checkpoint's folder.

@@ -23,6 +23,7 @@ pub(crate) async fn run(
 
 #[cfg(feature = "cuda")]
 mod built_in {
+    use cluster::doctor::Library;
     use cluster::{Assignment, Part};
     use comm::cuda::{ConnectOptions, connect};
     use comm::{AbortHandle, Collective};
@@ -34,6 +35,12 @@ mod built_in {
     use super::*;
     use crate::load::{Connections, FORM_LIMIT, Load, Site, ranges, stage};
     use crate::{STAGE, identity, serve_until};
+
+    /// What a GPU needs, with the versions that are here.
+    fn libraries() -> Vec<Library> {
+        let library = |(name, version): (&str, String)| Library { name: name.to_owned(), version };
+        kernels::cuda::libraries().into_iter().map(library).collect()
+    }
 
     /// Shares on a GPU; ranks over what connects the GPUs.
     struct CudaLoad {
@@ -61,7 +68,7 @@ mod built_in {
         let site = Site::open(&config, &gpu)?;
         drop(gpu);
         let announce = config.announce;
-        let identity = identity(config, &site).await?;
+        let identity = identity(config, &site, libraries()).await?;
         let faults = site.faults.clone();
         serve_until(&identity, CudaLoad { site, options, collective, announce }, faults, shutdown).await
     }

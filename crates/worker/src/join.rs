@@ -21,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::debug;
 
 use crate::WorkerError;
+use crate::doctor::Examinee;
 use crate::vitals::Vitals;
 use crate::whereabouts::{Leader, Whereabouts};
 
@@ -45,6 +46,7 @@ pub(crate) struct Identity {
     pub(crate) report: ModelReport,
     pub(crate) resources: Resources,
     pub(crate) join_timeout: Duration,
+    pub(crate) examinee: Arc<Examinee>,
 }
 
 /// A Join stream on which both sides have proven themselves. Heartbeats go out until it is dropped.
@@ -58,6 +60,8 @@ pub(crate) struct Joined {
     pub(crate) down: Streaming<CoordinatorMessage>,
     /// What heartbeats tell of.
     pub(crate) vitals: Arc<Vitals>,
+    /// What examines it.
+    pub(crate) examinee: Arc<Examinee>,
 }
 
 /// How a try ended without being welcomed.
@@ -140,6 +144,8 @@ async fn attempt(leader: Leader, identity: &Identity) -> Result<Joined, Failure>
         host: identity.host.clone(),
         model: Some(identity.report.clone().into()),
         resources: Some(identity.resources.clone().into()),
+        facts: Some(identity.examinee.facts.clone().into()),
+        probe_address: identity.examinee.probe_address.clone(),
     };
     send(&up, Up::Hello(hello)).await;
     let mut down = service.join(ReceiverStream::new(messages)).await?.into_inner();
@@ -155,7 +161,8 @@ async fn attempt(leader: Leader, identity: &Identity) -> Result<Joined, Failure>
     let vitals = Arc::new(Vitals::default());
     let every = Duration::from_millis(welcome.heartbeat_millis.into()).max(SHORTEST_BEAT);
     tokio::spawn(beat(up.downgrade(), every, vitals.clone()));
-    Ok(Joined { leader, worker: WorkerId(welcome.worker_id), session, service, up, down, vitals })
+    let examinee = identity.examinee.clone();
+    Ok(Joined { leader, worker: WorkerId(welcome.worker_id), session, service, up, down, vitals, examinee })
 }
 
 /// Says that this worker lives and how far it is, for as long as somebody else holds the sender.

@@ -6,12 +6,14 @@
 //! thread, where everything blocking lives.
 
 mod config;
+mod doctor;
 mod error;
 mod executor;
 mod fault;
 mod gpu;
 mod join;
 mod load;
+mod probe;
 mod session;
 mod vitals;
 mod whereabouts;
@@ -20,8 +22,10 @@ mod whereabouts;
 mod tests;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::doctor::Library;
 use cluster::registry::members::WorkerEntry;
 use kernels::Cpu;
 use tracing::{info, warn};
@@ -30,6 +34,7 @@ pub use config::{Coordinators, Device, WorkerConfig};
 pub use error::WorkerError;
 pub use fault::Fault;
 
+use crate::doctor::Examinee;
 use crate::executor::ExecutorThread;
 use crate::fault::{Faults, FaultyLoad};
 use crate::join::Identity;
@@ -52,7 +57,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
             let backend = Cpu::new(threads).map_err(WorkerError::Device)?;
             info!(target: STAGE, "device opened");
             let site = Site::open(&config, &backend)?;
-            let identity = identity(config, &site).await?;
+            let identity = identity(config, &site, Vec::new()).await?;
             let faults = site.faults.clone();
             serve_until(&identity, CpuLoad { site, threads }, faults, shutdown).await
         }
@@ -60,9 +65,14 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
     }
 }
 
-async fn identity(config: WorkerConfig, site: &Site) -> Result<Identity, WorkerError> {
+async fn identity(
+    config: WorkerConfig,
+    site: &Site,
+    libraries: Vec<Library>,
+) -> Result<Identity, WorkerError> {
     (config.listening)(&site.address);
     Ok(Identity {
+        examinee: Arc::new(Examinee::start(&config, libraries).await?),
         coordinator: Whereabouts::open(&config.coordinator).await?,
         secret: config.secret,
         collective_address: site.address.clone(),

@@ -93,7 +93,7 @@ impl Site {
         let resources = resources(config, backend).map_err(WorkerError::Device)?;
         let listener = Listener::bind(config.listen)
             .map_err(|source| WorkerError::Listen { address: config.listen, source })?;
-        let (host, port) = (&config.advertised_host, listener.address().port());
+        let address = host_and_port(&config.advertised_host, listener.address().port());
         Ok(Self {
             source,
             listener,
@@ -101,7 +101,7 @@ impl Site {
             faults: Faults::new(&config.faults),
             report: ModelReport { name, vocabulary, max_context, units, block_size, eos, fingerprint, needs },
             resources,
-            address: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
+            address,
         })
     }
 
@@ -164,6 +164,11 @@ impl Site {
             }
         })
     }
+}
+
+/// An address as others are told it.
+pub(crate) fn host_and_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
 fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources, kernels::Error> {

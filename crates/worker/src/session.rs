@@ -4,6 +4,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::doctor::Examine;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
 use cluster::proto::{Attach, CoordinatorMessage, Failed, Ready, StepFrame, StepReply, step_reply};
@@ -177,6 +178,13 @@ impl<S: Future<Output = ()>> Membership<'_, S> {
                         let vitals = self.joined.vitals.clone();
                         self.preparing = Some(self.thread.prepare(part, vitals));
                     }
+                    Ok(())
+                }
+                Err(malformed) => Err(self.lost(&malformed.to_string())),
+            },
+            Down::Examine(examine) => match Examine::try_from(examine) {
+                Ok(examine) => {
+                    self.joined.examinee.clone().begin(examine, self.joined.up.downgrade());
                     Ok(())
                 }
                 Err(malformed) => Err(self.lost(&malformed.to_string())),

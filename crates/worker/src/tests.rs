@@ -1,5 +1,6 @@
 //! A worker against a coordinator that the test plays, message by message.
 
+mod examined;
 mod fake;
 mod faults;
 mod held;
@@ -34,6 +35,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use self::fake::{FakeLoad, UNIT_BYTES};
+use crate::doctor::Examinee;
 use crate::join::Identity;
 use crate::load::Load;
 use crate::whereabouts::Whereabouts;
@@ -100,7 +102,7 @@ impl Scene {
     async fn start(load: impl Load) -> Self {
         let secret = Secret::random();
         let (address, mut scene) = Self::without_worker(&secret).await;
-        let identity = identity(&address, &secret);
+        let identity = identity(&address, &secret).await;
         scene.worker = tokio::spawn(async move { serve(&identity, load).await });
         scene
     }
@@ -250,7 +252,7 @@ impl StepsWire {
     }
 }
 
-fn identity(coordinator: &str, secret: &Secret) -> Identity {
+async fn identity(coordinator: &str, secret: &Secret) -> Identity {
     Identity {
         coordinator: coordinator.into(),
         secret: secret.clone(),
@@ -268,6 +270,7 @@ fn identity(coordinator: &str, secret: &Secret) -> Identity {
         },
         resources: Resources { zone: "here".into(), device: "cpu".into(), memory: 1, kv_memory: 1 },
         join_timeout: Duration::from_secs(10),
+        examinee: Examinee::of_test(secret).await,
     }
 }
 

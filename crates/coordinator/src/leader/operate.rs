@@ -18,6 +18,8 @@ impl Leader {
                 let effects = self.groups.drain(&address, false)?;
                 (effects, format!("the worker at {address} may have a part again"))
             }
+            // It changes nothing, and is a command of its own.
+            Order::Doctor { .. } => return Err("an examination is no change".into()),
             Order::Scale { shape, replicas } => {
                 let policy = self.groups.policy().scaled(shape, replicas);
                 let effects = self.groups.scale(policy).map_err(|shortage| shortage.to_string())?;

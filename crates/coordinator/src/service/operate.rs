@@ -29,7 +29,7 @@ impl ClusterService {
             Err(status) => Err(status),
         };
         // Whoever asked may be gone.
-        let _ = down.send(done.map(|done| OperatorReply { message: Some(Down::Done(done)) })).await;
+        let _ = down.send(done.map(|done| OperatorReply { message: Some(done) })).await;
     }
 
     /// The order of somebody who knows the secret.
@@ -56,9 +56,20 @@ impl ClusterService {
         Order::decode(&order).map_err(invalid)
     }
 
-    async fn carry_out(&self, order: Order) -> Result<String, Status> {
+    async fn carry_out(&self, order: Order) -> Result<Down, Status> {
+        if let Order::Doctor { disturb } = order {
+            let examination = self.ask(|reply| Command::Examine { disturb, reply }).await?;
+            return Ok(Down::Report(examination.run().await.into()));
+        }
+        self.ask(|reply| Command::Operate { order, reply }).await.map(Down::Done)
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Command,
+    ) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Operate { order, reply }).await?;
+        self.send(command(reply)).await?;
         answer.await.map_err(|_| stopped())?.map_err(Status::failed_precondition)
     }
 }

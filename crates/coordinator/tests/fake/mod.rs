@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use auth::{Nonce, Secret};
+use cluster::doctor::{Examine, Facts, Findings};
 use cluster::proto::cluster_client::ClusterClient;
 use cluster::proto::coordinator_message::Message as Down;
 use cluster::proto::worker_message::Message as Up;
@@ -64,6 +65,11 @@ pub(crate) struct Fake {
     pub(crate) protocol: u32,
     pub(crate) report: ModelReport,
     pub(crate) address: String,
+    /// What it tells of itself, and where it answers probes.
+    pub(crate) facts: Facts,
+    pub(crate) probe_address: String,
+    /// What it finds when it is examined; nothing: it does not answer.
+    pub(crate) finds: Option<fn(Examine) -> Findings>,
     pub(crate) heartbeats: bool,
     /// Every output is preceded by a false one of another epoch.
     pub(crate) stale_outputs: bool,
@@ -118,6 +124,9 @@ impl Fake {
             protocol: PROTOCOL,
             report: report(),
             address: address.into(),
+            facts: Facts::default(),
+            probe_address: String::new(),
+            finds: None,
             heartbeats: true,
             stale_outputs: false,
             load_failure: None,
@@ -154,6 +163,8 @@ impl Fake {
             host: "here".into(),
             model: Some(self.report.clone().into()),
             resources: Some(resources().into()),
+            facts: Some(self.facts.clone().into()),
+            probe_address: self.probe_address.clone(),
         };
         send(&up, Up::Hello(hello)).await;
         let mut down = service.join(ReceiverStream::new(messages)).await?.into_inner();
@@ -204,6 +215,13 @@ impl Member {
     }
 
     async fn obey(&mut self, message: Down) -> Result<(), Status> {
+        if let Down::Examine(examine) = message {
+            if let Some(finds) = self.fake.finds {
+                let findings = finds(examine.try_into().expect("an examination"));
+                send(&self.up, Up::Findings(findings.into())).await;
+            }
+            return Ok(());
+        }
         self.steps = None;
         self.progress = Progress::default();
         let Down::Assignment(assignment) = message else { return Ok(()) };

@@ -95,7 +95,7 @@ async fn operate(service: Service, secret: &Secret, order: &Order) -> Result<Str
     send(Up::Order(ProvenOrder { order, proof }));
     match receive(&mut down).await? {
         Down::Done(done) => Ok(done),
-        Down::Challenge(_) => Err(Status::internal("challenged again")),
+        other => Err(Status::internal(format!("an answer to something else: {other:?}"))),
     }
 }
 

@@ -40,7 +40,7 @@ async fn the_leader_of_the_registry_is_joined_and_left_for_a_later_one() {
     let secret = Secret::random();
     let coordinators = Coordinators::Elected(registry.clone());
     let coordinator = Whereabouts::open(&coordinators).await.expect("it answers");
-    let identity = Identity { coordinator, ..identity("unused:1", &secret) };
+    let identity = Identity { coordinator, ..identity("unused:1", &secret).await };
     tokio::spawn(async move { serve(&identity, FakeLoad::default()).await });
     let lease = registry.lease(LEASE).await.expect("it answers");
     // Each stays where it is: only the registry tells that it leads no more.
@@ -79,7 +79,7 @@ async fn a_coordinator_without_the_secret_is_not_obeyed() {
 async fn nobody_there_is_said_in_time() {
     let closed =
         TcpListener::bind("127.0.0.1:0").await.expect("a free port").local_addr().expect("an address");
-    let mut identity = identity(&closed.to_string(), &Secret::random());
+    let mut identity = identity(&closed.to_string(), &Secret::random()).await;
     identity.join_timeout = Duration::ZERO;
     let error = serve(&identity, FakeLoad::default()).await.expect_err("nobody is there").to_string();
     assert!(error.contains("Connection refused"), "{error}");

@@ -157,7 +157,10 @@ impl<'a> Membership<'a> {
                 }
                 Ok(())
             }
-            Down::Challenge(_) | Down::Welcome(_) => Err(End::Final("the handshake came again".into())),
+            // Nobody asks for examinations here.
+            Down::Examine(_) | Down::Challenge(_) | Down::Welcome(_) => {
+                Err(End::Final("what it should not get".into()))
+            }
         }
     }
 

@@ -115,6 +115,7 @@ impl Worker {
             host: self.resources.zone.clone(),
             model: Some(self.report.clone().into()),
             resources: Some(self.resources.clone().into()),
+            ..Hello::default()
         };
         send(&up, Up::Hello(hello));
         let mut down = line.join(messages).await?;

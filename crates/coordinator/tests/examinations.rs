@@ -1,0 +1,193 @@
+//! Examinations by a coordinator with fake workers over real gRPC: who is asked for what, and who is named.
+
+mod fake;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use auth::Secret;
+use client::DoctorReport;
+use cluster::ModelReport;
+use cluster::doctor::{Bandwidth, Examine, Facts, Findings, Link};
+use coordinator::{Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, State};
+use fake::{Fake, Running};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+const GB: u64 = 1_000_000_000;
+
+struct Cluster {
+    handle: CoordinatorHandle,
+    address: SocketAddr,
+    secret: Secret,
+}
+
+impl Cluster {
+    async fn start(ranks: usize) -> Self {
+        let secret = Secret::random();
+        let config = CoordinatorConfig::new(ranks, secret.clone());
+        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let server = Server::builder().add_service(service.into_server());
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        Self { handle, address, secret }
+    }
+
+    /// A worker on a machine of its own, whose links are well.
+    fn fake(&self, port: u16) -> Fake {
+        let boot = format!("boot {port}");
+        // More than there are workers: most of these clusters wait for a group that never forms.
+        let report = ModelReport { units: 16, ..fake::report() };
+        Fake {
+            report,
+            facts: Facts { program: "1.0".into(), boot, ..Facts::default() },
+            probe_address: format!("127.0.0.1:{}", port + 1000),
+            finds: Some(|examine| findings(examine, |_| {})),
+            ..Fake::new(&self.secret, &address(port))
+        }
+    }
+
+    /// Starts workers and waits until they have joined.
+    async fn join(&self, fakes: Vec<Fake>) -> Vec<Running> {
+        let count = fakes.len();
+        let running = fakes.into_iter().map(|fake| fake.start(self.address)).collect();
+        loop {
+            let status = self.handle.status().await.expect("it runs");
+            let members: usize = status.groups.iter().map(|group| group.ranks.len()).sum();
+            if status.spares.len() + members == count {
+                return running;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn examine(&self, disturb: bool) -> DoctorReport {
+        client::examine(&self.address.to_string(), &self.secret, disturb).await.expect("a report")
+    }
+}
+
+fn address(port: u16) -> String {
+    format!("127.0.0.1:{port}")
+}
+
+/// Links that are well, but for what `change` does to those to the peer at an address.
+fn findings(examine: Examine, change: impl Fn((&str, &mut Link))) -> Findings {
+    let link = |address: &str| {
+        let bandwidth = examine.bandwidth.then_some(Bandwidth { there: GB, back: GB });
+        let mut link = Link { latency: Duration::from_micros(100), clock_offset_micros: 0, bandwidth };
+        change((address, &mut link));
+        link
+    };
+    let links = examine.peers.iter().map(|peer| (peer.worker, Ok(link(&peer.address)))).collect();
+    let program_hash = if examine.program { "abc".into() } else { String::new() };
+    Findings { number: examine.number, links, program_hash, disk: None }
+}
+
+#[tokio::test]
+async fn a_healthy_cluster_has_no_complaints() {
+    let cluster = Cluster::start(9).await;
+    let _workers = cluster.join((1..6).map(|port| cluster.fake(port)).collect()).await;
+    let report = cluster.examine(false).await;
+    assert_eq!(report.complaints, []);
+    assert_eq!(report.remarks, Vec::<String>::new());
+    assert_eq!((report.workers.len(), report.links.len()), (5, 10));
+    assert!(report.workers.iter().all(|worker| worker.program_hash == "abc"), "{report:?}");
+    let carries = |link: &client::ExaminedLink| link.measures.is_some_and(|m| m.bandwidth_there == GB);
+    assert!(report.links.iter().all(carries), "{report:?}");
+}
+
+#[tokio::test]
+async fn the_culprit_is_named() {
+    let cluster = Cluster::start(9).await;
+    let mut fakes: Vec<_> = (1..5).map(|port| cluster.fake(port)).collect();
+    // All measure that those from and to the second are slow.
+    fakes.iter_mut().for_each(|fake| {
+        fake.finds = Some(|examine| {
+            findings(examine, |(address, link)| {
+                if address == "127.0.0.1:1002" {
+                    link.bandwidth = link.bandwidth.map(|_| Bandwidth { there: GB / 100, back: GB });
+                }
+            })
+        });
+    });
+    fakes[1].finds = Some(|examine| {
+        findings(examine, |(_, link)| {
+            link.bandwidth = link.bandwidth.map(|_| Bandwidth { there: GB, back: GB / 100 });
+        })
+    });
+    fakes[2].facts.program = "0.9".into();
+    let _workers = cluster.join(fakes).await;
+    let report = cluster.examine(false).await;
+    let [version, slow] = &report.complaints[..] else { panic!("{report:?}") };
+    assert_eq!(
+        (version.workers.clone(), version.what.as_str()),
+        (vec![address(3)], "version 0.9, most others have 1.0")
+    );
+    assert_eq!(slow.workers, [address(2)]);
+    assert!(slow.what.ends_with("10 MB/s, usual is 1000 MB/s"), "{slow:?}");
+}
+
+#[tokio::test]
+async fn who_does_not_answer_is_named_and_holds_up_nobody() {
+    let cluster = Cluster::start(9).await;
+    let silent = Fake { finds: None, ..cluster.fake(1) };
+    // What is answered to no question, or to an earlier one, is not listened to.
+    let confused: fn(Examine) -> Findings =
+        |examine| findings(Examine { number: examine.number + 7, ..examine }, |_| {});
+    let confused = Fake { finds: Some(confused), ..cluster.fake(2) };
+    let _workers = cluster.join(vec![silent, confused, cluster.fake(3), cluster.fake(4)]).await;
+    let report = tokio::time::timeout(Duration::from_secs(60), cluster.examine(false)).await.expect("an end");
+    let [complaint] = &report.complaints[..] else { panic!("{report:?}") };
+    let mut named = complaint.workers.clone();
+    named.sort();
+    assert_eq!(named, [address(1), address(2)]);
+    assert!(complaint.what.starts_with("no answer to the coordinator"), "{complaint:?}");
+}
+
+#[tokio::test]
+async fn a_group_is_looked_over_when_it_is_formed_and_not_disturbed() {
+    let cluster = Cluster::start(3).await;
+    let mut fakes: Vec<_> = (1..4).map(|port| cluster.fake(port)).collect();
+    fakes[0].facts.program = "0.9".into();
+    let _workers = cluster.join(fakes).await;
+    let serving = |state: &State| matches!(state, State::Serving(_));
+    cluster.handle.state().wait_for(serving).await.expect("it serves");
+    let status = cluster.handle.status().await.expect("it runs");
+    let expected =
+        format!("worker {}: version 0.9, most others have 1.0 (run the same build everywhere)", address(1));
+    assert_eq!(status.complaints, [expected]);
+
+    let report = cluster.examine(false).await;
+    assert!(report.remarks[0].starts_with("a group works"), "{report:?}");
+    let carried = |report: &DoctorReport| {
+        report.links.iter().filter(|link| link.measures.is_some_and(|m| m.bandwidth_there > 0)).count()
+    };
+    assert_eq!((report.links.len(), carried(&report)), (3, 0));
+    assert_eq!(carried(&cluster.examine(true).await), 3);
+}
+
+#[tokio::test]
+async fn strangers_examine_nobody() {
+    let cluster = Cluster::start(3).await;
+    let error = client::examine(&cluster.address.to_string(), &Secret::random(), false).await;
+    assert!(matches!(error, Err(client::Error::Secret(_))), "{error:?}");
+}
+
+#[tokio::test]
+async fn there_may_be_nobody_to_examine() {
+    let cluster = Cluster::start(3).await;
+    assert_eq!(cluster.examine(true).await, DoctorReport::default());
+    // Of workers that tell nothing, nothing is said.
+    let _workers = cluster.join(vec![Fake::new(&cluster.secret, &address(1))]).await;
+    let alone =
+        Fake { finds: Some(|examine| findings(examine, |_| {})), ..Fake::new(&cluster.secret, &address(2)) };
+    drop(_workers);
+    let _workers = cluster.join(vec![alone]).await;
+    let report = cluster.examine(true).await;
+    assert_eq!((report.workers.len(), report.links.len()), (1, 0));
+    assert_eq!(report.complaints, []);
+    assert_eq!(report.remarks, ["1 workers do not answer probes"]);
+}
