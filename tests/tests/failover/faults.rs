@@ -11,10 +11,12 @@ use super::{PHALANX, answered, check, report, streams, turn};
 /// Ranks that hang are given up soon.
 const SHAPE: [&str; 6] = ["--ranks", "3", "--min-ranks", "1", "--progress-timeout", "2"];
 
-/// The worker that an incident names.
+/// The worker that an incident names first: a planned change in which it was lost names nobody.
 fn named(incident: &Incident) -> Option<usize> {
-    let (host, _) = incident.losses.first()?.address.rsplit_once(':')?;
-    host.rsplit_once('.')?.1.parse::<usize>().ok()?.checked_sub(FIRST)
+    incident.losses.iter().find_map(|loss| {
+        let (host, _) = loss.address.rsplit_once(':')?;
+        host.rsplit_once('.')?.1.parse::<usize>().ok()?.checked_sub(FIRST)
+    })
 }
 
 /// What comes after a fault in the middle of the answers.

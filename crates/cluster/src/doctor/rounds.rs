@@ -33,16 +33,19 @@ pub fn ring(count: usize) -> Vec<(usize, usize)> {
     }
 }
 
+/// Pairs that measure at the same time.
+pub type Round = Vec<(usize, usize)>;
+
 /// Puts pairs into rounds in which nothing that the workers of two pairs share is measured twice: `place` is what a worker shares
 /// with others, for instance its machine with the network interface of that.
 pub fn rounds<P: Ord>(
     pairs: impl IntoIterator<Item = (usize, usize)>,
     place: impl Fn(usize) -> P,
-) -> Vec<Vec<(usize, usize)>> {
-    let mut rounds: Vec<(BTreeSet<P>, Vec<(usize, usize)>)> = Vec::new();
+) -> Vec<Round> {
+    let mut rounds: Vec<(BTreeSet<P>, Round)> = Vec::new();
     for (a, b) in pairs {
         let free =
-            |(taken, _): &&mut (BTreeSet<P>, _)| !taken.contains(&place(a)) && !taken.contains(&place(b));
+            |(taken, _): &&mut (BTreeSet<P>, Round)| !taken.contains(&place(a)) && !taken.contains(&place(b));
         let (taken, round) = match rounds.iter_mut().find(free) {
             Some(round) => round,
             None => rounds.push_mut((BTreeSet::new(), Vec::new())),
