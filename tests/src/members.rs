@@ -4,7 +4,7 @@ use client::{Client, ClusterStatus, GroupStatus, RankStatus};
 use tokio::time::{Instant, sleep};
 
 use crate::link::Place;
-use crate::process::{LIMIT, Phalanx, Program, Signal};
+use crate::process::{Ended, LIMIT, Phalanx, Program, Signal};
 
 const SECRET: &str = "a secret of the clusters under test";
 /// Between two looks at the status.
@@ -117,6 +117,12 @@ impl Members {
     pub fn order(&self, order: &[&str]) -> String {
         let args = [order, &["--coordinator", &self.join]].concat();
         self.program.command(args).env("PHALANX_SECRET", SECRET).run().success()
+    }
+
+    /// Has the workers examined; the report is JSON, and there may be complaints.
+    pub fn examine(&self) -> Ended {
+        let args = ["doctor", "--coordinator", &self.join, "--json"];
+        self.program.command(args).env("PHALANX_SECRET", SECRET).run()
     }
 
     /// Ends everything well.
