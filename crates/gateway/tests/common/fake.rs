@@ -37,11 +37,7 @@ impl Engine for FakeEngine {
         Ok(ClusterStatus { serving: true, state: model.name, ..ClusterStatus::default() })
     }
 
-    async fn submit_under(
-        &self,
-        request: Request,
-        _: Option<String>,
-    ) -> Result<Submission, EngineError> {
+    async fn submit_under(&self, request: Request, _: Option<String>) -> Result<Submission, EngineError> {
         let (sender, events) = mpsc::unbounded_channel();
         self.submitted
             .send((request, sender))
