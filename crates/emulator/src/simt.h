@@ -154,9 +154,9 @@ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 
 // ---- memory
 
-inline void emulator_aligned(const void* p, ::emulator::Place place) {
-    if (reinterpret_cast<u64>(p) % 16 != 0) {
-        ::emulator::fail_at(place, "an access of 16 bytes at %p, which is not a multiple of 16", p);
+inline void emulator_aligned(const void* p, ::emulator::Place place, u32 bytes = 16) {
+    if (reinterpret_cast<u64>(p) % bytes != 0) {
+        ::emulator::fail_at(place, "an access of %u bytes at %p, which is not a multiple of %u", bytes, p, bytes);
     }
 }
 inline uint4 load16(const void* p, EMULATOR_WHERE) {
@@ -173,7 +173,17 @@ inline void store16(void* p, uint4 v, EMULATOR_WHERE) {
 inline void cp_async16(void* shared, const void* global, bool valid, EMULATOR_WHERE) {
     emulator_aligned(shared, place);
     emulator_aligned(valid ? global : nullptr, place);
-    ::emulator::start_copy(shared, valid ? global : nullptr);
+    ::emulator::start_copy(shared, valid ? global : nullptr, 16);
+}
+template <i32 BYTES> inline void cp_async16_from(void* shared, const void* global, EMULATOR_WHERE) {
+    static_assert(BYTES == 128 || BYTES == 256);
+    cp_async16(shared, global, true, place);
+}
+template <i32 BYTES> inline void cp_async_small(void* shared, const void* global, EMULATOR_WHERE) {
+    static_assert(BYTES == 4 || BYTES == 8);
+    emulator_aligned(shared, place, BYTES);
+    emulator_aligned(global, place, BYTES);
+    ::emulator::start_copy(shared, global, BYTES);
 }
 inline void cp_async_commit() {
     ::emulator::here()->copy_group++;

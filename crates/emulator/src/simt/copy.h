@@ -11,15 +11,15 @@ namespace emulator {
 
 inline void land(const PendingCopy& copy) {
     if (copy.global != nullptr) {
-        std::memcpy(copy.shared, copy.global, 16);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
     } else {
-        std::memset(copy.shared, 0, 16);
+        std::memset(copy.shared, 0, copy.bytes);
     }
 }
 
 // `global` null: zeros.
-inline void start_copy(void* shared, const void* global) {
-    PendingCopy copy = {shared, global, here()->copy_group};
+inline void start_copy(void* shared, const void* global, u32 bytes) {
+    PendingCopy copy = {shared, global, bytes, here()->copy_group};
     if (lands_at_once(here()->block->order)) {
         land(copy);
     } else {

@@ -61,6 +61,7 @@ enum class Meeting : u8 {
 struct PendingCopy {
     void* shared;
     const void* global;
+    u32 bytes;
     u32 group;
 };
 

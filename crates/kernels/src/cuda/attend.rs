@@ -17,8 +17,8 @@ pub(crate) const LONG_TILE_ROWS: usize = 64;
 pub(crate) const SPAN: usize = 512;
 /// Sequences of a recorded step, each of which may have a span that is not full.
 const RECORDED_SLICES: usize = 256;
-/// Blocks of `attend_short` that a multiprocessor works on at once.
-const SHORT_BLOCKS: usize = 4;
+/// Dynamic shared memory of a block of `attend_short`.
+const SHORT_SHARED_BYTES: u32 = 66_048;
 const THREADS: usize = 128;
 
 /// One call.
@@ -125,14 +125,15 @@ impl Attention<'_> {
                 outputs,
                 states: outputs + (4 * items * head_dim) as u64,
             };
-            let whole = (self.device.multiprocessors() as usize * SHORT_BLOCKS).div_ceil(units);
+            let resident = self.device.resident_blocks(short, THREADS as u32, SHORT_SHARED_BYTES)?;
+            let whole = (resident as usize / units).max(1);
             // A recorded launch must serve longer contexts than today's.
             let columns = if decodes { whole } else { whole.min(spans) };
             let arguments = |splits: Splits| {
                 Arguments::default().with(shared).with(splits).with(self.scale).with(short_rows as i32)
             };
             // SAFETY: as above; the partial results have room for all spans; see attend_short.cu.
-            unsafe { self.device.launch(short, launch(columns, 0), arguments(splits)) }?;
+            unsafe { self.device.launch(short, launch(columns, SHORT_SHARED_BYTES as usize), arguments(splits)) }?;
             let results = (sizes.short_slices * short_rows * head_dim).div_ceil(THREADS);
             // SAFETY: as above; see attend_merge.cu.
             unsafe { self.device.launch(merge, launch(results, 0), arguments(splits).with(self.out)) }?;

@@ -2,7 +2,7 @@
 //
 // attend_short_d{16,32,64,128}(attention, splits, scale, rows_per_item)
 //   grid (X, units) with any X: block x works on spans x, x + X, …, so X does not bound the spans and a recorded launch stays
-//   right as contexts grow; a few times the number of multiprocessors is good. Block 128, no dynamic shared memory.
+//   right as contexts grow; a few times the number of multiprocessors is good. Block 128, 66048 bytes of dynamic shared memory.
 //   attention, splits: see attend.cuh. A short slice has tokens · group ≤ rows_per_item ≤ 16 and ⌈(start + tokens) / 512⌉
 //   spans; one without spans (padding) is passed over.
 //   scale: of the scores, f32, positive. rows_per_item: rows that `splits` has room for in each item, i32.
@@ -12,7 +12,8 @@
 #include "attend.cuh"
 
 static constexpr i32 WARPS = SPAN_KEYS / SUB_SPAN_KEYS;
-static constexpr i32 RING_QUADS = GROUPS;
+// A multiple of GROUPS, so that a place has the same group of keys in every chunk.
+static constexpr i32 RING_QUADS = 2 * GROUPS;
 
 // The last of `count` ascending offsets that is at most `value`; offsets[0] is. The warp searches together.
 static __device__ __forceinline__ i32 last_at_most(const u32* offsets, i32 count, u32 value, i32 lane) {
@@ -40,8 +41,10 @@ template <i32 D> struct SubSpan {
 
 // A lane's way to its pieces of keys and values. They come in quads: of keys, the four tiles of a group in a chunk; of values,
 // four times 8 columns in a group. As many quads as the ring has places are on their way, and are taken in the order in which
-// they were begun. What a lane copies it alone reads, so no barrier is needed.
+// they were begun, number after number: first the keys, chunk after chunk. What a lane copies it alone reads, so no barrier is
+// needed.
 template <i32 D> struct Pieces {
+    static constexpr i32 KEY_QUADS = CHUNKS<D> * GROUPS;
     static constexpr i32 VALUE_QUADS = D / 8;
 
     uint4 (*ring)[4][32];
@@ -63,15 +66,6 @@ template <i32 D> struct Pieces {
         }
     }
 
-    __device__ __forceinline__ void begin_keys(i32 group, i32 chunk) {
-        const u16* from = keys[group / 2] + GROUP_KEYS * (group % 2) * D + 32 * chunk;
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            cp_async16(&ring[group % RING_QUADS][i][lane], from + 2 * i * D, true);
-        }
-        cp_async_commit();
-    }
-
     static __device__ __forceinline__ constexpr i32 value_group(i32 quad, i32 i) {
         return (4 * quad + i) / (D / 8);
     }
@@ -79,54 +73,53 @@ template <i32 D> struct Pieces {
         return (4 * quad + i) % (D / 8);
     }
 
-    // Beyond the last quad nothing, so that the number of quads under way is always the same.
-    __device__ __forceinline__ void begin_values(i32 quad) {
-        if (quad < VALUE_QUADS) {
+    // Begins with a quad. Beyond the last one nothing, so that the number of quads under way is always the same.
+    __device__ __forceinline__ void begin(i32 number) {
+        uint4 (*place)[32] = ring[number % RING_QUADS];
+        i32 quad = number - KEY_QUADS;
+        if (quad < 0) {
+            i32 group = number % GROUPS;
+            const u16* from = keys[group / 2] + GROUP_KEYS * (group % 2) * D + number / GROUPS * 32;
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) {
+                // The other chunks of these rows are next.
+                cp_async16_from<256>(&place[i][lane], from + 2 * i * D);
+            }
+        } else if (quad < VALUE_QUADS) {
 #pragma unroll
             for (i32 i = 0; i < 4; i++) {
                 i32 group = value_group(quad, i);
                 const u16* from = values[group / 2] + GROUP_KEYS * (group % 2) + 8 * BLOCK_KEYS * value_tile(quad, i);
-                cp_async16(&ring[quad % RING_QUADS][i][lane], from, true);
+                cp_async16_from<128>(&place[i][lane], from);
             }
         }
         cp_async_commit();
     }
 
-    __device__ __forceinline__ void take_keys(i32 group, uint4 (&pieces)[4]) {
+    // Waits for a quad, and makes room for the one that comes a ring later.
+    __device__ __forceinline__ void take(i32 number, uint4 (&pieces)[4]) {
         cp_async_wait<RING_QUADS - 1>();
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
-            const uint4* piece = &ring[group % RING_QUADS][i][lane];
-            if constexpr (D == 16) {  // two lanes have copies of the same piece, and use a half each
+            const uint4* piece = &ring[number % RING_QUADS][i][lane];
+            if (D == 16 && number < KEY_QUADS) {  // two lanes have copies of the same piece, and use a half each
                 uint2 half = reinterpret_cast<const uint2*>(piece)[lane % 2];
                 pieces[i] = make_uint4(half.x, half.y, 0, 0);
             } else {
                 pieces[i] = load16(piece);
             }
         }
-    }
-
-    __device__ __forceinline__ void take_values(i32 quad, uint4 (&pieces)[4]) {
-        cp_async_wait<RING_QUADS - 1>();
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            pieces[i] = load16(&ring[quad % RING_QUADS][i][lane]);
-        }
+        begin(number + RING_QUADS);
     }
 };
 
-// Adds a chunk's products to all scores, and begins with the next chunk or, after the LAST, with the values.
-template <i32 D, bool LAST>
+// Adds a chunk's products to all scores.
+template <i32 D>
 static __device__ __forceinline__ void score_chunk(Scores& scores, const Queries& queries, Pieces<D>& pieces, i32 chunk) {
 #pragma unroll
     for (i32 group = 0; group < GROUPS; group++) {
         uint4 keys[4];
-        pieces.take_keys(group, keys);
-        if (LAST) {
-            pieces.begin_values(group);
-        } else {
-            pieces.begin_keys(group, chunk + 1);
-        }
+        pieces.take(chunk * GROUPS + group, keys);
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
             add_scores<D>(scores.tile[4 * group + i], queries, keys[i]);
@@ -141,8 +134,7 @@ static __device__ __forceinline__ void weigh_values(float (&o)[D / 8][4], const 
 #pragma unroll
     for (i32 quad = 0; quad < Pieces<D>::VALUE_QUADS; quad++) {
         uint4 values[4];
-        pieces.take_values(quad, values);
-        pieces.begin_values(quad + RING_QUADS);
+        pieces.take(Pieces<D>::KEY_QUADS + quad, values);
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
             i32 group = Pieces<D>::value_group(quad, i);
@@ -162,20 +154,20 @@ static __device__ __forceinline__ void attend_sub_span(const Attention& attentio
     i32 row = lane / 4;
     Pieces<D> pieces(shared, attention, slice.table + first / BLOCK_KEYS, slice.unit, length, lane);
 #pragma unroll
-    for (i32 group = 0; group < GROUPS; group++) {
-        pieces.begin_keys(group, 0);
+    for (i32 number = 0; number < RING_QUADS; number++) {
+        pieces.begin(number);
     }
     QueryRows<D> rows(attention, slice, row, lane % 4);
     Scores scores;
     clear(scores.tile);
     Queries queries = rows.load(0);
-#pragma unroll 1
+#pragma unroll
     for (i32 chunk = 0; chunk + 1 < CHUNKS<D>; chunk++) {
         Queries next = rows.load(chunk + 1);
-        score_chunk<D, false>(scores, queries, pieces, chunk);
+        score_chunk<D>(scores, queries, pieces, chunk);
         queries = next;
     }
-    score_chunk<D, true>(scores, queries, pieces, CHUNKS<D> - 1);
+    score_chunk<D>(scores, queries, pieces, CHUNKS<D> - 1);
     hide_keys(scores, slice.seen(row, attention.group) - first, slice.seen(row + 8, attention.group) - first, lane);
     Weights weights;
     State low, high;
@@ -260,7 +252,7 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
 // No least number of blocks is asked for: given one, the compiler fills the registers that it leaves, and spills.
 #define ATTEND_SHORT(D)                                                                                       \
     KERNEL(128, 0, attend_short_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item)) { \
-        __shared__ SubSpan<D> shared[WARPS];                                                                  \
+        SubSpan<D>(&shared)[WARPS] = *dynamic_shared<SubSpan<D>[WARPS]>();                                    \
         attend_short<D>(attention, splits, scale, rows_per_item, shared);                                     \
     }
 

@@ -48,6 +48,22 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
 
+// Starts a copy of 16 bytes, and asks for all the BYTES (128 or 256) around them to come to L2: others want the rest soon.
+template <i32 BYTES> __device__ __forceinline__ void cp_async16_from(void* shared, const void* global) {
+    u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
+    if constexpr (BYTES == 256) {
+        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    } else {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    }
+}
+
+// Starts a copy of 4 or 8 bytes.
+template <i32 BYTES> __device__ __forceinline__ void cp_async_small(void* shared, const void* global) {
+    u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(BYTES) : "memory");
+}
+
 // Closes this thread's group of copies.
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -45,6 +45,8 @@ struct Kernel {
     function: CudaFunction,
     /// Dynamic shared memory that it was allowed.
     shared_bytes: u32,
+    /// Blocks that a multiprocessor has room for, by threads and dynamic shared memory.
+    resident: HashMap<(u32, u32), u32>,
 }
 
 /// Blocks of a launch, threads of a block, bytes of dynamic shared memory.
@@ -252,6 +254,43 @@ impl Device {
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
+        self.with_kernel(name, shared_bytes, |kernel| {
+            let mut pointers = arguments.pointers();
+            // SAFETY: the caller's promise; function and stream are of one context.
+            unsafe {
+                result::launch_kernel(
+                    kernel.function.cu_function(),
+                    (grid.0, grid.1, 1),
+                    (threads, 1, 1),
+                    shared_bytes,
+                    self.stream.cu_stream(),
+                    &mut pointers,
+                )
+            }
+        })
+    }
+
+    /// Blocks of a kernel that the GPU works on at once, at least one: the grid for kernels whose blocks stay.
+    pub(crate) fn resident_blocks(&self, name: &'static str, threads: u32, shared_bytes: u32) -> Result<u32> {
+        let resident = self.with_kernel(name, shared_bytes, |kernel| {
+            if let Some(&known) = kernel.resident.get(&(threads, shared_bytes)) {
+                return Ok(known);
+            }
+            let bytes = shared_bytes as usize;
+            let found = kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, bytes, None)?;
+            kernel.resident.insert((threads, shared_bytes), found);
+            Ok(found)
+        })?;
+        Ok(resident.max(1) * self.multiprocessors)
+    }
+
+    /// Does something with a kernel that may use so much dynamic shared memory.
+    fn with_kernel<T>(
+        &self,
+        name: &'static str,
+        shared_bytes: u32,
+        act: impl FnOnce(&mut Kernel) -> std::result::Result<T, DriverError>,
+    ) -> Result<T> {
         let mut kernels = self.kernels.borrow_mut();
         let kernel = match kernels.entry(name) {
             Entry::Occupied(known) => known.into_mut(),
@@ -262,7 +301,8 @@ impl Device {
                     what: format!("the kernel {name}"),
                     why: "no compiled file has it".into(),
                 })?;
-                vacant.insert(Kernel { function, shared_bytes: PLAIN_SHARED_BYTES })
+                let resident = HashMap::default();
+                vacant.insert(Kernel { function, shared_bytes: PLAIN_SHARED_BYTES, resident })
             }
         };
         let failed = |error| failed(format!("the kernel {name}"), error);
@@ -272,19 +312,7 @@ impl Device {
             kernel.function.set_attribute(attribute, bytes).map_err(failed)?;
             kernel.shared_bytes = shared_bytes;
         }
-        let mut pointers = arguments.pointers();
-        // SAFETY: the caller's promise; function and stream are of one context.
-        unsafe {
-            result::launch_kernel(
-                kernel.function.cu_function(),
-                (grid.0, grid.1, 1),
-                (threads, 1, 1),
-                shared_bytes,
-                self.stream.cu_stream(),
-                &mut pointers,
-            )
-        }
-        .map_err(failed)
+        act(kernel).map_err(failed)
     }
 }
 

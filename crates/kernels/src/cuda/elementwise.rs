@@ -9,6 +9,8 @@ use super::memory::Memory;
 use crate::{DType, Error, Result};
 
 const THREADS: usize = 256;
+/// Threads of a norm's block.
+const NORM_THREADS: u32 = 512;
 /// Elements that a thread does.
 const PER_THREAD: usize = 4;
 
@@ -26,7 +28,7 @@ fn rows_of(rows: usize, cols: usize) -> Launch {
 }
 
 fn whole_rows(rows: usize) -> Launch {
-    Launch { grid: (rows as u32, 1), threads: THREADS as u32, shared_bytes: 0 }
+    Launch { grid: (rows as u32, 1), threads: NORM_THREADS, shared_bytes: 0 }
 }
 
 /// `tokens`: a word for each row (see `step`); `last_sampled`: an id for each slot.

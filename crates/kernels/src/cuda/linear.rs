@@ -17,10 +17,10 @@ use crate::{Error, Result};
 const SEGMENT: usize = 512;
 /// Up to so many rows `gemv` serves.
 const GEMV_ROWS: usize = 8;
-/// Weight rows of a block of `gemv`.
+/// Weight rows of a tile of `gemv`.
 const GEMV_TILE: usize = 16;
-/// The most warps that share the segments.
-const GEMV_WARPS: usize = 16;
+/// The most warps that share a tile's segments.
+const GEMV_WARPS: usize = 8;
 /// Bytes of units' sums at a time: more rows are done in several turns.
 pub(crate) const SUMS_BYTES: usize = 64 << 20;
 
@@ -77,22 +77,26 @@ impl Products<'_> {
             panel
         }))?;
         let n = weights.iter().map(|w| w.n).max().unwrap_or(0);
-        let grid_y = weights.len() as u32;
         if rows <= GEMV_ROWS {
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).max().unwrap_or(1);
-            let launch = gemv_launch(self.device, n, grid_y, segments);
+            let kernel = format.kernels().gemv;
+            let gemv = Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
+            let launch = gemv.launch(self.device, weights.len(), rows)?;
             let arguments = Arguments::default()
                 .with(panels)
+                .with(weights.len() as i32)
+                .with(gemv.tiles as i32)
+                .with(segments as i32)
                 .with(x)
                 .with(rows as i32)
                 .with(x_cols as i32)
                 .with(out.pointer())
                 .with(out_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(format.kernels().gemv, launch, arguments) };
+            return unsafe { self.device.launch(kernel, launch, arguments) };
         }
         // SAFETY: sizes were checked by `shape`.
-        unsafe { self.gemm(format, panels, (rows, n, grid_y), (x, x_cols), (out.pointer(), out_cols)) }
+        unsafe { self.gemm(format, panels, (rows, n, weights.len() as u32), (x, x_cols), (out.pointer(), out_cols)) }
     }
 
     /// Every unit's product, added along the tree into `outputs` by `program`.
@@ -131,16 +135,20 @@ impl Products<'_> {
                 panel
             }))?;
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).sum();
-            let launch = gemv_launch(self.device, n, 1, segments);
+            let kernel = format.kernels().gemv_partials;
+            let gemv = Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
+            let launch = gemv.launch(self.device, 1, rows)?;
             let arguments = Arguments::default()
                 .with(panels)
                 .with(program)
                 .with(Outputs::new(subtrees.iter().map(|(_, out)| *out)))
+                .with(gemv.tiles as i32)
+                .with(segments as i32)
                 .with(x)
                 .with(rows as i32)
                 .with(x_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(format.kernels().gemv_partials, launch, arguments) };
+            return unsafe { self.device.launch(kernel, launch, arguments) };
         }
         let row_bytes = weights.len() * (n + 4) * 4;
         let turn = (SUMS_BYTES / row_bytes / 128 * 128).max(128).min(rows);
@@ -228,13 +236,29 @@ fn format(weights: &[Matrix]) -> Result<Option<Format>> {
     Ok(Some(first.format))
 }
 
-/// Warps enough to keep the memory busy, and no more than do the segments in as few turns as can be.
-fn gemv_launch(device: &Device, n: usize, grid_y: u32, segments: usize) -> Launch {
-    let (blocks, segments) = (n.div_ceil(GEMV_TILE) as u32, segments.max(1));
-    let few = blocks * grid_y < 2 * device.multiprocessors();
-    let most = if few { GEMV_WARPS } else { GEMV_WARPS / 2 };
-    let warps = segments.div_ceil(segments.div_ceil(most));
-    Launch { grid: (blocks, grid_y), threads: 32 * warps as u32, shared_bytes: 512 * segments as u32 }
+/// A product for a few rows.
+struct Gemv {
+    kernel: &'static str,
+    /// Bytes of a warp's ring.
+    ring: usize,
+    /// Of the largest panel.
+    tiles: usize,
+    /// Of the largest panel, or of all that are summed.
+    segments: usize,
+}
+
+impl Gemv {
+    /// Blocks that stay, of warps that do a tile's segments in as few turns as can be.
+    fn launch(&self, device: &Device, panels: usize, rows: usize) -> Result<Launch> {
+        let segments = self.segments.max(1);
+        let wanted = segments.div_ceil(segments.div_ceil(GEMV_WARPS));
+        let sums = segments * rows * GEMV_TILE * size_of::<f32>();
+        let room = (device.shared_limit() as usize).saturating_sub(sums) / self.ring;
+        let warps = wanted.min(room.max(1));
+        let (threads, shared_bytes) = (32 * warps as u32, (sums + warps * self.ring) as u32);
+        let blocks = device.resident_blocks(self.kernel, threads, shared_bytes)?;
+        Ok(Launch { grid: (blocks.min((self.tiles * panels) as u32), 1), threads, shared_bytes })
+    }
 }
 
 /// What the kernels' loads of 16 bytes want of x.

@@ -18,17 +18,20 @@ pub(crate) struct Tile {
 pub(crate) struct Kernels {
     pub(crate) gemv: &'static str,
     pub(crate) gemv_partials: &'static str,
+    /// Shared memory of one warp's ring in both.
+    pub(crate) gemv_ring: usize,
     pub(crate) unpack: &'static str,
     /// By rows of x.
     tiles: [Tile; 4],
 }
 
-/// The format's name, weight rows of its largest tile, and shared memory of all tiles: the table of gemm.cu.
+/// The format's name, bytes of a ring of gemv.cu, and of gemm.cu's table weight rows of the largest tile and shared memory of all.
 macro_rules! kernels {
-    ($name:literal, $largest:literal, [$t16:literal, $t32:literal, $t64:literal, $t128:literal]) => {
+    ($name:literal, $ring:literal, $largest:literal, [$t16:literal, $t32:literal, $t64:literal, $t128:literal]) => {
         Kernels {
             gemv: concat!("gemv_", $name),
             gemv_partials: concat!("gemv_partials_", $name),
+            gemv_ring: $ring,
             unpack: concat!("unpack_", $name),
             tiles: [
                 tile(concat!("gemm_", $name, "_t16"), 16, 64, 128, $t16),
@@ -40,10 +43,10 @@ macro_rules! kernels {
     };
 }
 
-static BF16: Kernels = kernels!("bf16", 128, [40_960, 49_152, 65_536, 98_304]);
-static INT8: Kernels = kernels!("int8", 64, [50_432, 50_112, 74_688, 123_840]);
-static FP8: Kernels = kernels!("fp8", 64, [49_152, 49_152, 73_728, 122_880]);
-static INT4: Kernels = kernels!("int4", 64, [34_048, 37_824, 62_400, 111_552]);
+static BF16: Kernels = kernels!("bf16", 4096, 128, [40_960, 49_152, 65_536, 98_304]);
+static INT8: Kernels = kernels!("int8", 5120, 64, [50_432, 50_112, 74_688, 123_840]);
+static FP8: Kernels = kernels!("fp8", 4096, 64, [49_152, 49_152, 73_728, 122_880]);
+static INT4: Kernels = kernels!("int4", 3072, 64, [34_048, 37_824, 62_400, 111_552]);
 
 const fn tile(
     kernel: &'static str,

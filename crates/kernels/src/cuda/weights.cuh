@@ -87,6 +87,7 @@ static __device__ __forceinline__ u32 word_of(uint4 v, i32 i) {
 
 static constexpr u32 BF16X2_ONE = 0x3f803f80u;
 static constexpr u32 BF16X2_128 = 0x43004300u;
+static constexpr u32 BF16X2_MINUS_128 = 0xc300c300u;
 static constexpr u32 BF16X2_MINUS_64 = 0xc280c280u;
 static constexpr u32 BF16X2_2_TO_120 = 0x7b807b80u;
 
@@ -94,9 +95,9 @@ struct Int4 {
     static constexpr i32 LINE_K = 128, STEP_K = 128;
     static constexpr bool GROUPED = true, ROW_SCALED = false;
 
+    // -(128 + zero): see `pair`.
     static __device__ __forceinline__ u32 offset(u32 zero) {
-        float x = -static_cast<float>(128 + zero);
-        return pack_bf16x2(x, x);
+        return zero * 0x00010001u | BF16X2_MINUS_128;
     }
 
     // In 128..255 the last bit of a bf16 is worth 1: q put into the low bits of 128 is 128 + q.
