@@ -200,6 +200,9 @@ inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
+// Kernels run one after another.
+inline void after_previous() {}
+
 // Each gives the value from before. (None for floats: the order of their sums would be left to chance.)
 #define EMULATOR_ATOMICS(T)                                                                                              \
     inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }                                 \

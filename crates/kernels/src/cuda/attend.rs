@@ -133,10 +133,16 @@ impl Attention<'_> {
                 Arguments::default().with(shared).with(splits).with(self.scale).with(short_rows as i32)
             };
             // SAFETY: as above; the partial results have room for all spans; see attend_short.cu.
-            unsafe { self.device.launch(short, launch(columns, SHORT_SHARED_BYTES as usize), arguments(splits)) }?;
+            unsafe {
+                self.device.launch_early(
+                    short,
+                    launch(columns, SHORT_SHARED_BYTES as usize),
+                    arguments(splits),
+                )
+            }?;
             let results = (sizes.short_slices * short_rows * head_dim).div_ceil(THREADS);
             // SAFETY: as above; see attend_merge.cu.
-            unsafe { self.device.launch(merge, launch(results, 0), arguments(splits).with(self.out)) }?;
+            unsafe { self.device.launch_early(merge, launch(results, 0), arguments(splits).with(self.out)) }?;
         }
         Ok(())
     }

@@ -65,6 +65,7 @@ static __device__ __forceinline__ void attend_merge(const Attention& attention, 
 
 #define ATTEND_MERGE(D)                                                                                                  \
     KERNEL(128, 4, attend_merge_d##D, (Attention attention, Splits splits, float scale, i32 rows_per_item, u16* out)) { \
+        after_previous();                                                                                                \
         attend_merge<D>(attention, splits, scale, rows_per_item, out);                                                   \
     }
 

@@ -234,10 +234,20 @@ static __device__ __forceinline__ void attend_short(const Attention& attention, 
     float exponent = exponent_of(scale);
     i32 count = static_cast<i32>(*splits.count);
     u32 spans = splits.span_offset[count];
-    for (u32 span = blockIdx.x; span < spans; span += gridDim.x) {
-        i32 index = last_at_most(splits.span_offset, count, span, lane);
-        SliceUnit slice = SliceUnit::at(attention, splits.slices[index], unit);
-        i32 first = static_cast<i32>(span - splits.span_offset[index]) * SPAN_KEYS;
+    u32 span = blockIdx.x;
+    SliceUnit slice;
+    i32 first = 0;
+    auto find = [&]() {
+        if (span < spans) {
+            i32 index = last_at_most(splits.span_offset, count, span, lane);
+            slice = SliceUnit::at(attention, splits.slices[index], unit);
+            first = static_cast<i32>(span - splits.span_offset[index]) * SPAN_KEYS;
+        }
+    };
+    // The step's metadata is there before its first kernel.
+    find();
+    after_previous();
+    for (; span < spans; span += gridDim.x, find()) {
         i32 sub_spans = min(ceil_div(slice.start + slice.tokens - first, SUB_SPAN_KEYS), WARPS);
         if (warp < sub_spans) {
             attend_sub_span<D>(attention, slice, first + warp * SUB_SPAN_KEYS, exponent, shared[warp], lane);

@@ -5,6 +5,7 @@
 #include "device.cuh"
 
 KERNEL(256, 4, place_columns, (const float* x, i32 rows, i32 count, float* out, i32 first, i32 all)) {
+    after_previous();
     i32 element = static_cast<i32>(blockIdx.x * blockDim.x + threadIdx.x);
     if (element < rows * count) {
         out[static_cast<i64>(element / count) * all + first + element % count] = x[element];

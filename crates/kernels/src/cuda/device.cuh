@@ -130,6 +130,16 @@ __device__ __forceinline__ u64 global_nanoseconds() {
     return t;
 }
 
+// For kernels that are begun early (Device::launch_early): lets the next one come as soon as all blocks of this one are here, and
+// waits until everything before this one has ended and is seen. What comes before this in a kernel touches nothing that changes
+// during a step; every thread must call it, since that the kernels before have ended is known by the end of this one.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Lets others run while spinning.
 __device__ __forceinline__ void spin_pause() {
     __nanosleep(40);

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 
 /// The first driver that has every function that this program calls, and runs what NVRTC 13 compiles.
 const DRIVER_VERSION: i32 = 13_000;
+/// The first GPUs, by capability, that begin kernels early.
+const EARLY_CAPABILITY: u32 = 9;
 /// Dynamic shared memory that a kernel may use without having asked for it.
 const PLAIN_SHARED_BYTES: u32 = 48 * 1024;
 /// How long a watched wait asks without pause, and how long it pauses then.
@@ -34,6 +36,8 @@ pub(crate) struct Device {
     kernels: RefCell<HashMap<&'static str, Kernel>>,
     multiprocessors: u32,
     shared_limit: u32,
+    /// Whether a kernel's blocks may come before those of the kernel before it have ended.
+    begins_early: bool,
     /// Bytes that are allocated, by what for.
     allocated: RefCell<BTreeMap<&'static str, u64>>,
     /// What looks after this thread's dealings with others while it waits.
@@ -79,6 +83,8 @@ impl Device {
         let multiprocessors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
         let shared_limit =
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let begins_early =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= EARLY_CAPABILITY;
         Ok(Rc::new(Self {
             context,
             stream,
@@ -86,6 +92,7 @@ impl Device {
             kernels: RefCell::default(),
             multiprocessors,
             shared_limit,
+            begins_early,
             allocated: RefCell::default(),
             watcher: RefCell::default(),
         }))
@@ -248,25 +255,69 @@ impl Device {
         &self,
         name: &'static str,
         launch: Launch,
-        mut arguments: Arguments,
+        arguments: Arguments,
     ) -> Result<()> {
-        let Launch { grid, threads, shared_bytes } = launch;
+        // SAFETY: the caller's promise.
+        unsafe { self.begin(name, launch, arguments, &mut []) }
+    }
+
+    /// Begins a kernel that waits for those before it by itself, by `after_previous` of device.cuh: where the GPU can, its blocks
+    /// come while the last ones before them end (programmatic dependent launch; CUDA C++ Programming Guide).
+    ///
+    /// # Safety
+    /// As for `launch`; and the kernel calls `after_previous`.
+    pub(crate) unsafe fn launch_early(
+        &self,
+        name: &'static str,
+        launch: Launch,
+        arguments: Arguments,
+    ) -> Result<()> {
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let attributes = if self.begins_early { std::slice::from_mut(&mut early) } else { &mut [] };
+        // SAFETY: the caller's promise.
+        unsafe { self.begin(name, launch, arguments, attributes) }
+    }
+
+    /// # Safety
+    /// As for `launch` and, with its attribute, `launch_early`.
+    unsafe fn begin(
+        &self,
+        name: &'static str,
+        Launch { grid, threads, shared_bytes }: Launch,
+        mut arguments: Arguments,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> Result<()> {
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
         self.with_kernel(name, shared_bytes, |kernel| {
-            let mut pointers = arguments.pointers();
-            // SAFETY: the caller's promise; function and stream are of one context.
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid.0,
+                gridDimY: grid.1,
+                gridDimZ: 1,
+                blockDimX: threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared_bytes,
+                hStream: self.stream.cu_stream(),
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: attributes.len() as u32,
+            };
+            let (function, mut pointers) = (kernel.function.cu_function(), arguments.pointers());
+            // SAFETY: the caller's promise; function and stream are of one context; no attribute outlives the call.
             unsafe {
-                result::launch_kernel(
-                    kernel.function.cu_function(),
-                    (grid.0, grid.1, 1),
-                    (threads, 1, 1),
-                    shared_bytes,
-                    self.stream.cu_stream(),
-                    &mut pointers,
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    function,
+                    pointers.as_mut_ptr(),
+                    std::ptr::null_mut(),
                 )
             }
+            .result()
         })
     }
 
@@ -277,7 +328,8 @@ impl Device {
                 return Ok(known);
             }
             let bytes = shared_bytes as usize;
-            let found = kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, bytes, None)?;
+            let found =
+                kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, bytes, None)?;
             kernel.resident.insert((threads, shared_bytes), found);
             Ok(found)
         })?;

@@ -13,6 +13,7 @@ static const u32 NO_TOKEN = 0xffffffffu;
 // last_sampled: an id for each slot. table bf16 [count, cols], out f32 [rows, cols].
 KERNEL(256, 4, embed,
        (const u32* tokens, const u32* last_sampled, const u16* table, u32 first_id, u32 count, i32 cols, float* out)) {
+    after_previous();
     u32 id = tokens[blockIdx.x];
     if (id >= LAST_SAMPLED && id != NO_TOKEN) {
         id = last_sampled[id - LAST_SAMPLED];
@@ -52,6 +53,7 @@ static __device__ __forceinline__ float exponential(float x) {
 // out[row, unit's columns] = silu(gate) · up; gate_up f32 [rows, 2 · all columns] (unit after unit: its gate, its up),
 // out bf16 [rows, all columns]; silu(z) = z / (1 + e^-z).
 KERNEL(256, 4, silu_mul, (const float* gate_up, Widths widths, u16* out)) {
+    after_previous();
     i32 total = widths.first[widths.count];
     const float* from = gate_up + static_cast<i64>(blockIdx.x) * 2 * total;
     u16* to = out + static_cast<i64>(blockIdx.x) * total;
@@ -72,6 +74,7 @@ KERNEL(256, 4, silu_mul, (const float* gate_up, Widths widths, u16* out)) {
 
 // out[i] = x[rows[i]], 4-byte elements.
 KERNEL(256, 4, gather_rows_4, (const u32* rows, const u32* x, i32 cols, u32* out)) {
+    after_previous();
     const u32* from = x + static_cast<i64>(rows[blockIdx.x]) * cols;
     u32* to = out + static_cast<i64>(blockIdx.x) * cols;
     for (i32 i = blockIdx.y * THREADS + threadIdx.x; i < cols; i += gridDim.y * THREADS) {
@@ -81,6 +84,7 @@ KERNEL(256, 4, gather_rows_4, (const u32* rows, const u32* x, i32 cols, u32* out
 
 // Likewise, 2-byte elements.
 KERNEL(256, 4, gather_rows_2, (const u32* rows, const u16* x, i32 cols, u16* out)) {
+    after_previous();
     const u16* from = x + static_cast<i64>(rows[blockIdx.x]) * cols;
     u16* to = out + static_cast<i64>(blockIdx.x) * cols;
     for (i32 i = blockIdx.y * THREADS + threadIdx.x; i < cols; i += gridDim.y * THREADS) {

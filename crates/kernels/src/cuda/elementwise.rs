@@ -49,7 +49,7 @@ pub(crate) fn embed(
         .with(table.cols as i32)
         .with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch("embed", rows_of(rows, table.cols), arguments) }
+    unsafe { device.launch_early("embed", rows_of(rows, table.cols), arguments) }
 }
 
 pub(crate) fn rms_norm(
@@ -67,7 +67,7 @@ pub(crate) fn rms_norm(
         .with(eps)
         .with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch("rms_norm", whole_rows(rows), arguments) }
+    unsafe { device.launch_early("rms_norm", whole_rows(rows), arguments) }
 }
 
 pub(crate) fn add_rms_norm(
@@ -87,7 +87,7 @@ pub(crate) fn add_rms_norm(
         .with(eps)
         .with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch("add_rms_norm", whole_rows(rows), arguments) }
+    unsafe { device.launch_early("add_rms_norm", whole_rows(rows), arguments) }
 }
 
 pub(crate) fn silu_mul(
@@ -109,7 +109,7 @@ pub(crate) fn silu_mul(
     }
     let arguments = Arguments::default().with(gate_up.pointer()).with(table).with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch("silu_mul", rows_of(rows, total), arguments) }
+    unsafe { device.launch_early("silu_mul", rows_of(rows, total), arguments) }
 }
 
 pub(crate) fn gather_rows(device: &Device, rows: usize, ids: u64, x: &Buffer, out: &Buffer) -> Result<()> {
@@ -120,5 +120,5 @@ pub(crate) fn gather_rows(device: &Device, rows: usize, ids: u64, x: &Buffer, ou
     };
     let arguments = Arguments::default().with(ids).with(x.pointer()).with(cols as i32).with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch(kernel, rows_of(rows, cols), arguments) }
+    unsafe { device.launch_early(kernel, rows_of(rows, cols), arguments) }
 }

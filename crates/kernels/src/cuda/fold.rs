@@ -134,7 +134,7 @@ pub(crate) unsafe fn place_columns(
     let arguments = Arguments::default().with(x).with(rows as i32).with(count as i32);
     let arguments = arguments.with(out).with(first as i32).with(all as i32);
     // SAFETY: the caller's promise.
-    unsafe { device.launch("place_columns", launch, arguments) }
+    unsafe { device.launch_early("place_columns", launch, arguments) }
 }
 
 #[cfg(test)]

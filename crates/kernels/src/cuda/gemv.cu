@@ -1,6 +1,7 @@
 // Matrix products for 1 to 8 rows of x, alone or added along the reduction tree. Bound by the bandwidth of the weights: these go
 // through a ring in shared memory, so that much is on its way without taking registers, and a multiprocessor has warps enough. Blocks
-// stay: a block's weights keep coming while it turns from one tile to the next.
+// stay: a block's weights keep coming while it turns from one tile to the next, and the first of them before the step's kernels that
+// it must wait for have ended.
 //
 // gemv_FORMAT(panels, count, tiles, segments, x, rows, x_cols, out, out_cols): column-parallel,
 //   out[row·out_cols + panel.out_offset + i].   FORMAT is bf16, int8, int4 or fp8.
@@ -258,6 +259,7 @@ static __device__ __forceinline__ void multiply(const Items<SUMMED>& items, i32 
     for (i32 step = 0; step < AHEAD; step++) {
         source.begin(items.panels, step, ring[step]);
     }
+    after_previous();
     // Rows that there are not may be any: their results are not used.
     const u16* x = input.x + static_cast<i64>(min(g, input.rows - 1)) * input.cols + 8 * t;
     Item<SUMMED> item(items);

@@ -80,7 +80,8 @@ impl Products<'_> {
         if rows <= GEMV_ROWS {
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).max().unwrap_or(1);
             let kernel = format.kernels().gemv;
-            let gemv = Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
+            let gemv =
+                Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
             let launch = gemv.launch(self.device, weights.len(), rows)?;
             let arguments = Arguments::default()
                 .with(panels)
@@ -93,10 +94,12 @@ impl Products<'_> {
                 .with(out.pointer())
                 .with(out_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(kernel, launch, arguments) };
+            return unsafe { self.device.launch_early(kernel, launch, arguments) };
         }
         // SAFETY: sizes were checked by `shape`.
-        unsafe { self.gemm(format, panels, (rows, n, weights.len() as u32), (x, x_cols), (out.pointer(), out_cols)) }
+        unsafe {
+            self.gemm(format, panels, (rows, n, weights.len() as u32), (x, x_cols), (out.pointer(), out_cols))
+        }
     }
 
     /// Every unit's product, added along the tree into `outputs` by `program`.
@@ -136,7 +139,8 @@ impl Products<'_> {
             }))?;
             let segments = weights.iter().map(|w| w.k.div_ceil(SEGMENT)).sum();
             let kernel = format.kernels().gemv_partials;
-            let gemv = Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
+            let gemv =
+                Gemv { kernel, ring: format.kernels().gemv_ring, tiles: n.div_ceil(GEMV_TILE), segments };
             let launch = gemv.launch(self.device, 1, rows)?;
             let arguments = Arguments::default()
                 .with(panels)
@@ -148,7 +152,7 @@ impl Products<'_> {
                 .with(rows as i32)
                 .with(x_cols as i32);
             // SAFETY: sizes were checked by `shape`; see gemv.cu.
-            return unsafe { self.device.launch(kernel, launch, arguments) };
+            return unsafe { self.device.launch_early(kernel, launch, arguments) };
         }
         let row_bytes = weights.len() * (n + 4) * 4;
         let turn = (SUMS_BYTES / row_bytes / 128 * 128).max(128).min(rows);

@@ -73,9 +73,11 @@ static __device__ __forceinline__ void normalise(const float* added, float* resi
 }
 
 KERNEL(512, 2, rms_norm, (const float* x, const float* weight, i32 cols, float eps, u16* out)) {
+    after_previous();
     normalise(nullptr, const_cast<float*>(x), weight, cols, eps, out);
 }
 
 KERNEL(512, 2, add_rms_norm, (const float* x, float* residual, const float* weight, i32 cols, float eps, u16* out)) {
+    after_previous();
     normalise(x, residual, weight, cols, eps, out);
 }

@@ -50,6 +50,7 @@ static __device__ __forceinline__ SinCos sine_and_cosine(double x) {
 }
 
 KERNEL(256, 2, rope_table, (const i32* positions, const double* frequencies, i32 rows, i32 half, float* out)) {
+    after_previous();
     i32 index = static_cast<i32>(blockIdx.x * 256 + threadIdx.x);
     i32 row = index / half;
     i32 i = index % half;
@@ -91,6 +92,7 @@ static __device__ __forceinline__ void store_column(u16* column, float4 x) {
 KERNEL(128, 8, rope_write_kv,
        (const float* qkv, const float* rope, const i32* positions, const u32* row_slice, const u32* table_offset, const u32* table,
         u16* kv, i32 layer, i32 blocks, i32 units, i32 group, i32 head_dim, u16* q)) {
+    after_previous();
     i32 row = static_cast<i32>(blockIdx.x);
     i32 unit = static_cast<i32>(blockIdx.y);
     i32 half = head_dim / 2;

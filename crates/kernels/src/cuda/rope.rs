@@ -52,7 +52,7 @@ pub(crate) fn rope_table(
         .with(half as i32)
         .with(out.pointer());
     // SAFETY: sizes were checked by `shape`.
-    unsafe { device.launch("rope_table", launch, arguments) }
+    unsafe { device.launch_early("rope_table", launch, arguments) }
 }
 
 /// One call of `rope_write_kv`.
@@ -93,6 +93,6 @@ impl Fresh<'_> {
             .with(head_dim as i32)
             .with(q.pointer());
         // SAFETY: sizes were checked by `shape`, and so were the blocks of the step.
-        unsafe { device.launch("rope_write_kv", launch, arguments) }
+        unsafe { device.launch_early("rope_write_kv", launch, arguments) }
     }
 }

@@ -262,6 +262,7 @@ static const u32 NO_SLOT = 0xffffffffu;
 
 KERNEL(1024, 1, sample,
        (const float* logits, i32 vocabulary, const u32* draws, const u32* slots, u32* out, u32* last)) {
+    after_previous();
     __shared__ Shared shared;
     logits += static_cast<i64>(blockIdx.x) * vocabulary;
     const u32* draw = draws + blockIdx.x * 6;
@@ -302,6 +303,7 @@ KERNEL(1024, 1, sample,
 }
 
 KERNEL(256, 4, keep_sampled, (const u32* chosen, i32 rows, const u32* slots, u32* last)) {
+    after_previous();
     i32 row = static_cast<i32>(blockIdx.x * 256 + threadIdx.x);
     if (row < rows && slots[row] != NO_SLOT) {
         last[slots[row]] = chosen[row * 2];

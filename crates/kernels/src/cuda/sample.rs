@@ -34,7 +34,7 @@ pub(crate) fn sample(device: &Device, logits: &Buffer, draws: u64, kept: &Kept<'
         .with(kept.chosen.pointer())
         .with(kept.last.pointer());
     // SAFETY: sizes were checked by `shape`, and slots too; the step has that many rows of words.
-    unsafe { device.launch("sample", launch, arguments) }
+    unsafe { device.launch_early("sample", launch, arguments) }
 }
 
 /// Keeps what another rank chose.
@@ -47,5 +47,5 @@ pub(crate) fn keep(device: &Device, kept: &Kept<'_>) -> Result<()> {
         .with(kept.slots)
         .with(kept.last.pointer());
     // SAFETY: as above.
-    unsafe { device.launch("keep_sampled", launch, arguments) }
+    unsafe { device.launch_early("keep_sampled", launch, arguments) }
 }
