@@ -27,7 +27,9 @@ struct Cluster {
 impl Cluster {
     async fn start(ranks: usize) -> Self {
         let secret = Secret::random();
-        let config = CoordinatorConfig::new(ranks, secret.clone());
+        // Nobody is lost because the machine is busy.
+        let heartbeat_timeout = Duration::from_secs(60);
+        let config = CoordinatorConfig { heartbeat_timeout, ..CoordinatorConfig::new(ranks, secret.clone()) };
         let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
@@ -52,15 +54,19 @@ impl Cluster {
 
     /// Starts workers and waits until they have joined.
     async fn join(&self, fakes: Vec<Fake>) -> Vec<Running> {
-        let count = fakes.len();
+        let mut wanted: Vec<_> = fakes.iter().map(|fake| fake.address.clone()).collect();
+        wanted.sort();
         let running = fakes.into_iter().map(|fake| fake.start(self.address)).collect();
         loop {
             let status = self.handle.status().await.expect("it runs");
-            let members: usize = status.groups.iter().map(|group| group.ranks.len()).sum();
-            if status.spares.len() + members == count {
+            let ranks = status.groups.into_iter().flat_map(|group| group.ranks);
+            let workers = ranks.filter_map(|rank| rank.worker).chain(status.spares);
+            let mut joined: Vec<_> = workers.map(|worker| worker.address).collect();
+            joined.sort();
+            if joined == wanted {
                 return running;
             }
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
