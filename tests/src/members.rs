@@ -4,7 +4,7 @@ use client::{Client, ClusterStatus, RankStatus};
 use tokio::time::{Instant, sleep};
 
 use crate::link::Place;
-use crate::process::{LIMIT, Phalanx, Program, Signal};
+use crate::process::{Ended, LIMIT, Phalanx, Program, Signal};
 
 const SECRET: &str = "a secret of the clusters under test";
 /// Between two looks at the status.
@@ -107,6 +107,12 @@ impl Members {
         }
     }
 
+    /// Runs a command of an operator, who knows the secret, to its end.
+    pub fn operate(&self, args: &[&str]) -> Ended {
+        let args = [args, &["--coordinator", &self.join]].concat();
+        self.program.command(args).env("PHALANX_SECRET", SECRET).run()
+    }
+
     /// The numbers of the workers of the first group, by rank.
     pub async fn ranks(&self) -> Vec<usize> {
         ranks(&self.status().await)
@@ -174,6 +180,9 @@ pub fn start_worker(program: Program, coordinator: &[&str], place: &Place) -> Ph
     let port = place.port.unwrap_or(0);
     let listen = place.listen.as_ref().unwrap_or(&place.host);
     args.extend(["--listen".into(), format!("{listen}:{port}"), "--host".into(), place.host.clone()]);
+    if let Some(port) = place.probe_port {
+        args.extend(["--probe-port".into(), port.to_string()]);
+    }
     let command = match &place.namespace {
         Some(namespace) => program.command_in(namespace, args),
         None => program.command(args),

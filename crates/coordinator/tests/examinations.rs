@@ -137,6 +137,31 @@ async fn the_culprit_is_named() {
 }
 
 #[tokio::test]
+async fn who_cannot_be_reached_is_named_though_it_reaches_others() {
+    let cluster = Cluster::start(9).await;
+    let mut fakes: Vec<_> = (1..5).map(|port| cluster.fake(port)).collect();
+    fakes.iter_mut().for_each(|fake| {
+        fake.finds = Some(|examine| {
+            let peers = examine.peers.clone();
+            let mut findings = findings(examine, |_| {});
+            for (peer, (_, probed)) in peers.iter().zip(&mut findings.links) {
+                if peer.address == "127.0.0.1:1002" {
+                    *probed = Err("it does not answer".into());
+                }
+            }
+            findings
+        });
+    });
+    let _workers = cluster.join(fakes).await;
+    let report = cluster.examine(false).await;
+    let [complaint] = &report.complaints[..] else { panic!("{report:?}") };
+    assert_eq!(complaint.workers, [address(2)]);
+    assert!(complaint.what.ends_with(": it does not answer"), "{complaint:?}");
+    let failed = report.links.iter().filter(|link| !link.failure.is_empty());
+    assert_eq!((report.links.len(), failed.count()), (6, 3));
+}
+
+#[tokio::test]
 async fn who_does_not_answer_is_named_and_holds_up_nobody() {
     let cluster = Cluster::start(9).await;
     let silent = Fake { finds: None, ..cluster.fake(1) };
