@@ -1,6 +1,6 @@
 //! `phalanx serve`, `phalanx coordinator`, `phalanx worker`: the parts of a cluster, together or apart.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -210,7 +210,7 @@ impl WorkerArgs {
             model: self.model.dir()?,
             options: self.model.options(self.progress),
             join_timeout: Duration::from_secs(self.join_timeout),
-            listening: if self.leave_with_stdin { |address| println!("{address}") } else { |_| {} },
+            listening: if self.leave_with_stdin { tell_parent } else { |_| {} },
             faults: self.faults.faults,
             announce: if self.quiet { |_| {} } else { tell },
         };
@@ -220,6 +220,11 @@ impl WorkerArgs {
         let mut signals = Signals::listen()?;
         Ok(worker::run(config, signals.shutdown()).await?)
     }
+}
+
+/// Tells the process that started this worker where it listens. If that is gone, so is this one soon.
+fn tell_parent(address: &str) {
+    let _ = writeln!(std::io::stdout(), "{address}");
 }
 
 /// Ends this process when its standard input ends, whatever its threads are doing: weights and KV go with it.
