@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// Between two looks at a connection that nothing comes from.
 const POLL: Duration = Duration::from_millis(5);
+/// Between two looks at a link that is cut.
+const CUT_POLL: Duration = Duration::from_millis(100);
 
 /// Where a worker runs.
 #[derive(Debug, Clone, Default)]
@@ -118,6 +120,29 @@ impl Link {
             Self::Proxy(passing) => passing.rate.store(megabits * 1_000_000 / 8, Ordering::Relaxed),
         }
     }
+
+    /// Puts it together again.
+    pub fn mend(&self) {
+        match self {
+            Self::Namespace(namespace) => {
+                ip(&format!("link set {} up", namespace.here)).expect("the link is there");
+            }
+            Self::Proxy(passing) => passing.cut.store(false, Ordering::Relaxed),
+        }
+    }
+
+    /// Where the worker at its end reaches something at `address` of the loopback; `here` is an address at this end.
+    pub fn reach(&self, here: &str, address: &str) -> String {
+        match self {
+            Self::Namespace(_) => {
+                let listener = TcpListener::bind(format!("{here}:0")).expect("a free port");
+                let reached_at = listener.local_addr().expect("an address").to_string();
+                pass(listener, address.parse().expect("an address"), &Arc::default());
+                reached_at
+            }
+            Self::Proxy(_) => address.to_owned(),
+        }
+    }
 }
 
 impl Namespace {
@@ -189,7 +214,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, passing: &Passing) {
     loop {
         let read = from.read(&mut buffer);
         while passing.cut.load(Ordering::Relaxed) {
-            sleep(Duration::from_secs(1));
+            sleep(CUT_POLL);
         }
         if let (Ok(length), rate @ 1..) = (&read, passing.rate.load(Ordering::Relaxed)) {
             sleep(Duration::from_secs(*length as u64) / u32::try_from(rate).unwrap_or(u32::MAX));

@@ -115,8 +115,7 @@ impl Members {
 
     /// Gives an operator's order, `drain` or `scale` with its arguments, and waits until it is carried out; what came of it.
     pub fn order(&self, order: &[&str]) -> String {
-        let args = [order, &["--coordinator", &self.join]].concat();
-        self.program.command(args).env("PHALANX_SECRET", SECRET).run().success()
+        self.operate(order).success()
     }
 
     /// Ends everything well.
