@@ -117,7 +117,10 @@ async fn a_worker_that_does_not_answer_is_named() {
     members.signal(1, Signal::STOP);
     let report = examine(&members, &[]);
     let host = format!("{}:", members.host(1));
-    assert!(complaints(&report).iter().any(|(workers, _)| workers.iter().any(|worker| worker.starts_with(&host))), "{report:#}");
+    assert!(
+        complaints(&report).iter().any(|(workers, _)| workers.iter().any(|worker| worker.starts_with(&host))),
+        "{report:#}"
+    );
     members.signal(1, Signal::CONT);
     joined(&members, 3).await;
     members.end();
