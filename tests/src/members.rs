@@ -115,14 +115,7 @@ impl Members {
 
     /// Gives an operator's order, `drain` or `scale` with its arguments, and waits until it is carried out; what came of it.
     pub fn order(&self, order: &[&str]) -> String {
-        let args = [order, &["--coordinator", &self.join]].concat();
-        self.program.command(args).env("PHALANX_SECRET", SECRET).run().success()
-    }
-
-    /// Has the workers examined; the report is JSON, and there may be complaints.
-    pub fn examine(&self) -> Ended {
-        let args = ["doctor", "--coordinator", &self.join, "--json"];
-        self.program.command(args).env("PHALANX_SECRET", SECRET).run()
+        self.operate(order).success()
     }
 
     /// Ends everything well.
@@ -136,6 +129,12 @@ impl Members {
             coordinator.signal(Signal::TERM);
             coordinator.end().success();
         }
+    }
+
+    /// Runs a command of an operator, who knows the secret, to its end.
+    pub fn operate(&self, args: &[&str]) -> Ended {
+        let args = [args, &["--coordinator", &self.join]].concat();
+        self.program.command(args).env("PHALANX_SECRET", SECRET).run()
     }
 
     /// The numbers of the workers of the first group, by rank.
@@ -215,6 +214,9 @@ pub fn start_worker(program: Program, coordinator: &[&str], place: &Place) -> Ph
     let port = place.port.unwrap_or(0);
     let listen = place.listen.as_ref().unwrap_or(&place.host);
     args.extend(["--listen".into(), format!("{listen}:{port}"), "--host".into(), place.host.clone()]);
+    if let Some(port) = place.probe_port {
+        args.extend(["--probe-port".into(), port.to_string()]);
+    }
     let command = match &place.namespace {
         Some(namespace) => program.command_in(namespace, args),
         None => program.command(args),

@@ -171,6 +171,11 @@ impl Phalanx {
         kill_process(Pid::from_child(&self.child), signal).expect("the program runs");
     }
 
+    /// Waits until the program itself has ended.
+    pub fn wait(&mut self) {
+        self.child.wait().expect("a child");
+    }
+
     /// Waits for its end.
     pub fn end(mut self) -> Ended {
         let deadline = Instant::now() + LIMIT;

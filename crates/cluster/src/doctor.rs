@@ -10,4 +10,4 @@ pub use diagnosis::{Complaint, diagnose, doubtful};
 pub use facts::{Facts, Interface, Library};
 pub use findings::{Bandwidth, Disk, Examine, Findings, Link, MAX_PEERS, Peer, Probed};
 pub use report::{Pair, Patient, Report};
-pub use rounds::{Round, every_pair, probes, ring, rounds};
+pub use rounds::{Round, every_pair, ring, rounds};

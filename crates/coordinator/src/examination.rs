@@ -1,14 +1,14 @@
 //! One examination of all workers, which a task of its own runs: the leader only hands it who is there, and what they find.
 //!
-//! First everybody looks at itself and probes half of the others. Then links are measured that nothing else uses meanwhile, and what
+//! First everybody looks at itself and probes all others, since some can connect one way only. Then links are measured that nothing else uses meanwhile, and what
 //! would be complained of is measured once more: a machine that was busy for a moment is nobody's fault.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use cluster::WorkerId;
 use cluster::doctor::{
-    self, Complaint, Examine, Facts, Findings, MAX_PEERS, Pair, Patient, Peer, Probed, Report,
+    self, Complaint, Examine, Facts, Findings, MAX_PEERS, Pair, Patient, Peer, Probed, Report, Round,
 };
 use cluster::proto::CoordinatorMessage;
 use cluster::proto::coordinator_message::Message;
@@ -73,8 +73,12 @@ struct Running {
     deadline: Instant,
     /// Of the last question.
     number: u64,
+    /// The examinees by their numbers.
+    places: BTreeMap<WorkerId, usize>,
+    /// Those that did not answer the first question.
+    silent: Vec<usize>,
     /// By who probed whom.
-    pairs: BTreeMap<(usize, usize), Probed>,
+    probed: BTreeMap<(usize, usize), Probed>,
     complaints: Vec<Complaint>,
     remarks: Vec<String>,
 }
@@ -83,12 +87,15 @@ impl Examination {
     /// Runs it, within ten seconds.
     pub(crate) async fn run(self) -> Report {
         let Self { examinees, findings, bandwidth } = self;
+        let places = examinees.iter().enumerate().map(|(place, examinee)| (examinee.worker, place)).collect();
         let mut running = Running {
             examinees,
+            places,
+            silent: Vec::new(),
             findings,
             deadline: Instant::now() + LIMIT,
             number: 0,
-            pairs: BTreeMap::new(),
+            probed: BTreeMap::new(),
             complaints: Vec::new(),
             remarks: Vec::new(),
         };
@@ -109,32 +116,34 @@ impl Running {
     /// Everybody looks at itself and probes others.
     async fn probe(&mut self) {
         let mut tasks: BTreeMap<usize, Task> = BTreeMap::new();
-        let mut machines = Vec::new();
-        for (place, peers) in doctor::probes(self.examinees.len()).into_iter().enumerate() {
-            let peers = peers.into_iter().filter(|peer| self.answers_probes(*peer)).take(MAX_PEERS).collect();
+        let mut machines = BTreeSet::new();
+        let count = self.examinees.len();
+        for place in 0..count {
+            // Each begins with another one.
+            let others = (1..count).map(|distance| (place + distance) % count);
+            let peers = others.filter(|peer| self.answers_probes(*peer)).take(MAX_PEERS).collect();
             // Two that read at the same time would share a disk.
-            let machine = self.machine(place);
-            let disk = !machines.contains(&machine);
-            machines.push(machine);
+            let disk = machines.insert(self.machine(place));
             tasks.insert(place, Task { peers, bandwidth: false, program: true, disk });
         }
         let wanted: usize = tasks.values().map(|task| task.peers.len()).sum();
-        let silent = self.ask(tasks, PROBES_LIMIT).await;
+        self.silent = self.ask(tasks, PROBES_LIMIT).await;
         let deaf = (0..self.examinees.len()).filter(|place| !self.answers_probes(*place)).count();
         if deaf > 0 {
             self.remarks.push(format!("{deaf} workers do not answer probes"));
         }
-        if !silent.is_empty() {
+        if !self.silent.is_empty() {
+            let address = |place: &usize| self.examinees[*place].patient.address.clone();
             self.complaints.push(Complaint {
-                workers: silent.iter().map(|place| self.examinees[*place].patient.address.clone()).collect(),
+                workers: self.silent.iter().map(address).collect(),
                 what: format!(
                     "no answer to the coordinator within {} s",
                     (PROBES_LIMIT + GRACE).as_secs_f64()
                 ),
                 advice: "see whether the process still runs, and whether its machine is overloaded".into(),
             });
-        } else if self.pairs.len() < wanted {
-            self.remarks.push(format!("there was no time to probe {} links", wanted - self.pairs.len()));
+        } else if self.probed.len() < wanted {
+            self.remarks.push(format!("there was no time to probe {} links", wanted - self.probed.len()));
         }
     }
 
@@ -154,19 +163,29 @@ impl Running {
     /// Measures again what would be complained of.
     async fn look_again(&mut self, bandwidth: bool) {
         let (patients, pairs) = (self.patients(), self.pairs());
-        let doubtful = doctor::doubtful(&patients, &pairs);
-        let doubtful = doubtful.into_iter().map(|place| (pairs[place].from, pairs[place].to));
-        let rounds = doctor::rounds(doubtful, |place| self.machine(place));
-        self.run_rounds(rounds, bandwidth).await;
+        let doubtful = doctor::doubtful(&patients, &pairs).into_iter().map(|place| &pairs[place]);
+        let doubtful: Vec<_> = doubtful.map(|pair| (pair.from, pair.to)).collect();
+        let mut again: BTreeMap<usize, Task> = BTreeMap::new();
+        let failed = |(from, to): (usize, usize)| self.probed.get(&(from, to)).is_some_and(Result::is_err);
+        for (from, to) in doubtful.iter().flat_map(|&(a, b)| [(a, b), (b, a)]).filter(|&ends| failed(ends)) {
+            again.entry(from).or_default().peers.push(to);
+        }
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left > GRACE {
+            self.ask(again, LINK_LIMIT.min(left)).await;
+        }
+        self.run_rounds(self.rounds(doubtful), bandwidth).await;
     }
 
-    /// Rounds of those pairs that could be probed.
-    fn rounds(&self, pairs: Vec<(usize, usize)>) -> Vec<Vec<(usize, usize)>> {
-        let reachable = pairs.into_iter().filter(|pair| self.pairs.get(pair).is_some_and(Probed::is_ok));
+    /// Rounds of those pairs that could be probed, and of which the first answers.
+    fn rounds(&self, pairs: Vec<(usize, usize)>) -> Vec<Round> {
+        let answers = |(from, _): &(usize, usize)| !self.silent.contains(from);
+        let reachable = |&(from, to): &(usize, usize)| matches!(self.pair(from, to), Some(Ok(_)));
+        let reachable = pairs.into_iter().filter(|pair| answers(pair) && reachable(pair));
         doctor::rounds(reachable, |place| self.machine(place))
     }
 
-    async fn run_rounds(&mut self, rounds: Vec<Vec<(usize, usize)>>, bandwidth: bool) {
+    async fn run_rounds(&mut self, rounds: Vec<Round>, bandwidth: bool) {
         for (done, round) in rounds.iter().enumerate() {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left < GRACE {
@@ -216,13 +235,13 @@ impl Running {
         patient.disk = disk.or(patient.disk);
         for (peer, probed) in links {
             let Some(peer) = self.place(peer).filter(|peer| *peer != place) else { continue };
-            let known = self.pairs.remove(&(place, peer));
+            let known = self.probed.remove(&(place, peer));
             let probed = match (known, probed) {
                 (Some(Ok(known)), Ok(link)) => Ok(known.better(link)),
                 (Some(Ok(known)), Err(_)) => Ok(known),
                 (_, probed) => probed,
             };
-            self.pairs.insert((place, peer), probed);
+            self.probed.insert((place, peer), probed);
         }
     }
 
@@ -238,13 +257,25 @@ impl Running {
     }
 
     fn pairs(&self) -> Vec<Pair> {
-        let pair =
-            |(&(from, to), probed): (&(usize, usize), &Probed)| Pair { from, to, probed: probed.clone() };
-        self.pairs.iter().map(pair).collect()
+        let known: BTreeSet<_> = self.probed.keys().map(|&(a, b)| (a.min(b), a.max(b))).collect();
+        let pair = |(from, to)| Some(Pair { from, to, probed: self.pair(from, to)? });
+        known.into_iter().filter_map(pair).collect()
+    }
+
+    /// What both ends found of the link between them: one that stands one way only is none.
+    fn pair(&self, from: usize, to: usize) -> Option<Probed> {
+        let (there, back) = (self.probed.get(&(from, to)), self.probed.get(&(to, from)));
+        match (there, back) {
+            (Some(Ok(there)), Some(Ok(back))) => Some(Ok(there.better(back.reversed()))),
+            (Some(Err(failure)), _) | (_, Some(Err(failure))) => Some(Err(failure.clone())),
+            (Some(Ok(there)), None) => Some(Ok(*there)),
+            (None, Some(Ok(back))) => Some(Ok(back.reversed())),
+            (None, None) => None,
+        }
     }
 
     fn place(&self, worker: WorkerId) -> Option<usize> {
-        self.examinees.iter().position(|examinee| examinee.worker == worker)
+        self.places.get(&worker).copied()
     }
 
     fn answers_probes(&self, place: usize) -> bool {

@@ -27,7 +27,9 @@ struct Cluster {
 impl Cluster {
     async fn start(ranks: usize) -> Self {
         let secret = Secret::random();
-        let config = CoordinatorConfig::new(ranks, secret.clone());
+        // Nobody is lost because the machine is busy.
+        let heartbeat_timeout = Duration::from_secs(60);
+        let config = CoordinatorConfig { heartbeat_timeout, ..CoordinatorConfig::new(ranks, secret.clone()) };
         let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
@@ -52,15 +54,19 @@ impl Cluster {
 
     /// Starts workers and waits until they have joined.
     async fn join(&self, fakes: Vec<Fake>) -> Vec<Running> {
-        let count = fakes.len();
+        let mut wanted: Vec<_> = fakes.iter().map(|fake| fake.address.clone()).collect();
+        wanted.sort();
         let running = fakes.into_iter().map(|fake| fake.start(self.address)).collect();
         loop {
             let status = self.handle.status().await.expect("it runs");
-            let members: usize = status.groups.iter().map(|group| group.ranks.len()).sum();
-            if status.spares.len() + members == count {
+            let ranks = status.groups.into_iter().flat_map(|group| group.ranks);
+            let workers = ranks.filter_map(|rank| rank.worker).chain(status.spares);
+            let mut joined: Vec<_> = workers.map(|worker| worker.address).collect();
+            joined.sort();
+            if joined == wanted {
                 return running;
             }
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
@@ -128,6 +134,31 @@ async fn the_culprit_is_named() {
     );
     assert_eq!(slow.workers, [address(2)]);
     assert!(slow.what.ends_with("10 MB/s, usual is 1000 MB/s"), "{slow:?}");
+}
+
+#[tokio::test]
+async fn who_cannot_be_reached_is_named_though_it_reaches_others() {
+    let cluster = Cluster::start(9).await;
+    let mut fakes: Vec<_> = (1..5).map(|port| cluster.fake(port)).collect();
+    fakes.iter_mut().for_each(|fake| {
+        fake.finds = Some(|examine| {
+            let peers = examine.peers.clone();
+            let mut findings = findings(examine, |_| {});
+            for (peer, (_, probed)) in peers.iter().zip(&mut findings.links) {
+                if peer.address == "127.0.0.1:1002" {
+                    *probed = Err("it does not answer".into());
+                }
+            }
+            findings
+        });
+    });
+    let _workers = cluster.join(fakes).await;
+    let report = cluster.examine(false).await;
+    let [complaint] = &report.complaints[..] else { panic!("{report:?}") };
+    assert_eq!(complaint.workers, [address(2)]);
+    assert!(complaint.what.ends_with(": it does not answer"), "{complaint:?}");
+    let failed = report.links.iter().filter(|link| !link.failure.is_empty());
+    assert_eq!((report.links.len(), failed.count()), (6, 3));
 }
 
 #[tokio::test]

@@ -88,6 +88,8 @@ struct Rank {
     work: EpochWork,
     /// Once the share is loaded.
     steps: Option<Steps>,
+    /// The coordinator was told so; what comes now is the end of the epoch, and the coordinator says it.
+    failed: bool,
 }
 
 struct Steps {
@@ -103,7 +105,10 @@ enum Heard {
 
 impl Rank {
     async fn hear(&mut self) -> Heard {
-        let Self { work, steps, .. } = self;
+        let Self { work, steps, failed, .. } = self;
+        if *failed {
+            return std::future::pending().await;
+        }
         let frame = async {
             match steps {
                 Some(steps) => steps.frames.message().await,
@@ -218,7 +223,7 @@ impl<S: Future<Output = ()>> Membership<'_, S> {
         info!(%epoch, stage, rank, ?layers, ?units, "assigned");
         let assignment = Arc::new(assignment);
         let work = self.thread.begin(assignment.clone(), self.joined.vitals.clone());
-        self.rank = Some(Rank { epoch, assignment, work, steps: None });
+        self.rank = Some(Rank { epoch, assignment, work, steps: None, failed: false });
         Ok(())
     }
 
@@ -338,12 +343,15 @@ impl<S: Future<Output = ()>> Membership<'_, S> {
     }
 
     /// Tells the coordinator that this worker cannot do its part, for its own sake or because of the member `at_member`. In the latter
-    /// case, or if the group was lost anyway, it has an assignment to come; else this membership ends.
+    /// case, or if the group was lost anyway, it has an assignment to come; else this membership ends. Until the coordinator says which,
+    /// the connections stay: others that saw them end would take this rank for the one that was lost, and might be heard first.
     async fn fail(&mut self, epoch: Epoch, reason: &str, at_member: Option<u32>) {
         warn!(%epoch, reason, "failed");
         let reason = reason.chars().take(REASON_CHARS).collect();
         send(&self.joined.up, Up::Failed(Failed { epoch: Some(epoch.into()), reason, at_member })).await;
-        self.leave_group().await;
+        if let Some(rank) = &mut self.rank {
+            rank.failed = true;
+        }
     }
 
     /// The number of the other member to which a failure is due.

@@ -57,7 +57,10 @@ async fn answered(name: &str, streams: Streams) -> Ended {
 async fn check(name: &str, streams: Streams, lost: Instant, status: impl AsyncFnOnce() -> ClusterStatus) {
     let pause = answered(name, streams).await.pause_after(lost);
     let status = status().await;
-    let incident = status.incidents.first().expect("an incident");
+    // The last one in which somebody was lost: by now whoever came back may have a part again.
+    let lost = |incident: &&Incident| incident.losses.iter().any(|loss| loss.worker.is_some());
+    let incidents = &status.incidents;
+    let incident = incidents.iter().find(lost).or(incidents.first()).expect("an incident");
     report(name, incident, Some(pause));
 }
 

@@ -82,6 +82,13 @@ pub struct Disk {
 }
 
 impl Link {
+    /// The same link, as the other one would have measured it.
+    pub fn reversed(self) -> Self {
+        let bandwidth =
+            self.bandwidth.map(|Bandwidth { there, back }| Bandwidth { there: back, back: there });
+        Self { clock_offset_micros: self.clock_offset_micros.saturating_neg(), bandwidth, ..self }
+    }
+
     /// What two measurements of one link tell together: the better of each.
     pub fn better(self, other: Self) -> Self {
         let bandwidth = match (self.bandwidth, other.bandwidth) {
@@ -275,6 +282,10 @@ mod tests {
         let two = link(Duration::from_millis(2), Some(Bandwidth { there: 3, back: 2 }));
         let both = link(Duration::from_millis(1), Some(Bandwidth { there: 3, back: 4 }));
         assert_eq!((one.better(two), two.better(one)), (both, both));
+        let ahead = Link { clock_offset_micros: 7, ..one };
+        assert_eq!(ahead.reversed().clock_offset_micros, -7);
+        assert_eq!(ahead.reversed().bandwidth, Some(Bandwidth { there: 4, back: 1 }));
+        assert_eq!(ahead.reversed().reversed(), ahead);
         assert_eq!(link(Duration::ZERO, None).better(one).bandwidth, one.bandwidth);
         assert_eq!(Disk { bytes: 1000, time: Duration::ZERO, cached: false }.rate(), 1_000_000_000);
         assert_eq!(Disk { bytes: u64::MAX, time: Duration::from_micros(1), cached: false }.rate(), u64::MAX);

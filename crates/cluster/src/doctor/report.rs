@@ -26,12 +26,12 @@ pub struct Patient {
     pub disk: Option<Disk>,
 }
 
-/// A link between two of the patients, by their places among these, as the first measured it.
+/// A link between two of the patients, by their places among these, as the first sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
-    /// Who measured.
+    /// The first.
     pub from: usize,
-    /// With whom.
+    /// The other.
     pub to: usize,
     /// What came of it.
     pub probed: Probed,

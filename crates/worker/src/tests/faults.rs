@@ -56,3 +56,25 @@ async fn a_worker_ends_whose_thread_hangs_in_loading_when_its_coordinator_is_gon
     drop(wire);
     assert!(matches!(scene.end().await, WorkerError::Hung { .. }));
 }
+
+#[tokio::test]
+async fn connections_stay_until_the_coordinator_has_heard_of_a_failure() {
+    let wrong = || model::Error::Collective(comm::Error::Protocol { rank: 1, what: "noise".into() });
+    let load = FakeLoad { broken: Some(wrong), ..FakeLoad::default() };
+    let alive = load.alive.clone();
+    let mut scene = Scene::start(load).await;
+    let (mut wire, session) = scene.welcome().await;
+    wire.assign_units(epoch(1), 0..2).await;
+    assert!(matches!(wire.hear().await, Up::Ready(_)));
+    let steps = scene.attached(&session, 1).await;
+    steps.plan(1, 0).await;
+    let Up::Failed(failed) = wire.hear().await else { panic!("it did not fail") };
+    assert_eq!(failed.at_member, Some(1));
+    for _ in 0..5 {
+        assert_eq!(wire.beat(|_| true).await.epoch, Some(epoch(1)));
+        assert_eq!(alive.load(Ordering::SeqCst), 1);
+    }
+    wire.say(Down::Abandon(epoch(1).into())).await;
+    wire.beat(|progress| progress.epoch.is_none()).await;
+    assert_eq!(alive.load(Ordering::SeqCst), 0);
+}

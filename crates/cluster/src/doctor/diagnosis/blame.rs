@@ -13,8 +13,7 @@ pub(super) struct Blame {
 
 /// Explains the `bad` ones among `all` links with as few faults as there can be, or nearly.
 ///
-/// A worker is at fault with at least two bad links, a third of its own: one that others cannot connect to, but that can connect to
-/// others, has half of them.
+/// A worker is at fault with at least two bad links, half of its own.
 pub(super) fn blame(bad: &[(usize, usize)], all: &[(usize, usize)]) -> Blame {
     let of = |pairs: &[(usize, usize)], worker: usize| -> Vec<usize> {
         let other = |&(a, b): &(usize, usize)| match (a == worker, b == worker) {
@@ -29,7 +28,7 @@ pub(super) fn blame(bad: &[(usize, usize)], all: &[(usize, usize)]) -> Blame {
     loop {
         let workers: BTreeSet<usize> = left.iter().flat_map(|(a, b)| [*a, *b]).collect();
         let counts = workers.into_iter().map(|worker| (of(&left, worker).len(), worker));
-        let at_fault = counts.filter(|(count, worker)| *count >= 2 && count * 3 >= of(all, *worker).len());
+        let at_fault = counts.filter(|(count, worker)| *count >= 2 && count * 2 >= of(all, *worker).len());
         let Some((_, worst)) = at_fault.max_by_key(|(count, worker)| (*count, std::cmp::Reverse(*worker)))
         else {
             blame.links = left;
