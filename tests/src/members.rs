@@ -133,8 +133,7 @@ impl Members {
 
     /// Runs a command of an operator, who knows the secret, to its end.
     pub fn operate(&self, args: &[&str]) -> Ended {
-        let args = [args, &["--coordinator", &self.join]].concat();
-        self.program.command(args).env("PHALANX_SECRET", SECRET).run()
+        operate(self.program, &self.join, args)
     }
 
     /// The numbers of the workers of the first group, by rank.
@@ -205,6 +204,11 @@ pub fn start_coordinator(program: Program, args: &[&str]) -> (Phalanx, String, S
         program.command([&["coordinator"], args].concat()).env("PHALANX_SECRET", SECRET).start();
     let (join, clients) = coordinator.coordinates_at();
     (coordinator, join, clients)
+}
+
+/// Runs a command of an operator, who knows the secret, to its end; `join` is the coordinator's address for workers.
+pub fn operate(program: Program, join: &str, args: &[&str]) -> Ended {
+    program.command([args, &["--coordinator", join]].concat()).env("PHALANX_SECRET", SECRET).run()
 }
 
 /// A worker, with the arguments that tell it where its coordinator is.

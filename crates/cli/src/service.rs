@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use cluster::registry::election::{Addresses, Candidate, Election};
+use cluster::registry::orders::OrderBook;
 use cluster::registry::{ClusterName, Health, LEASE, MemoryRegistry, Registry};
 use coordinator::{Contender, CoordinatorConfig, ModelInfo, State};
 use gateway::Tokenizer;
@@ -87,7 +88,8 @@ impl Service {
         let election = Election::watch(registry.as_ref()).await?;
         let candidate = Candidate::new(registry.clone(), addresses, lease);
         let (stop, resign) = (CancellationToken::new(), CancellationToken::new());
-        let (contender, workers, contest) = Contender::start(config, candidate, election, resign.clone());
+        let (contender, workers, contest) =
+            Contender::start(config, candidate, election, OrderBook::new(registry.clone()), resign.clone());
         let engine = Arc::new(contender.clone());
         let gateway = gateway::serve(grpc, engine, tokenizer.clone(), stop.clone().cancelled_owned());
         let incoming = TcpIncoming::from(cluster).with_nodelay(Some(true));

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use engine::ShardError;
+use serde::{Deserialize, Serialize};
 
 /// Stages of a group, at most: each has a step in flight.
 pub const MAX_STAGES: usize = 16;
@@ -21,7 +22,7 @@ pub struct Policy {
 }
 
 /// How a group is cut: `stages` runs of layers, each over ranks that step together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Shape {
     /// As people say.
     Fixed {

@@ -2,7 +2,7 @@
 //!
 //! [`Registry`] is the seam: entries by key, watched as whole snapshots, changed in transactions, and tied to leases that end
 //! with their holder. [`MemoryRegistry`] keeps them in this process, [`EtcdRegistry`] in etcd. What the entries mean lies on
-//! top, once for both: [`members`] and [`election`].
+//! top, once for both: [`members`], [`election`] and [`orders`].
 
 pub mod election;
 mod entries;
@@ -10,6 +10,7 @@ pub mod etcd;
 mod lease;
 pub mod members;
 pub mod memory;
+pub mod orders;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cluster::doctor::Findings;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, StepFrame};
+use cluster::registry::orders::StandingOrders;
 use cluster::{MAX_STAGES, MAX_STEPS_IN_FLIGHT, Order, Progress, Session, WorkerId};
 use engine::{Epoch, Request, StepOutput};
 use tokio::sync::{mpsc, oneshot};
@@ -35,6 +36,8 @@ pub(crate) enum Command {
     },
     /// From an operator: what to change; the answer is for people.
     Operate { order: Order, reply: oneshot::Sender<Result<String, String>> },
+    /// All orders that stand.
+    StandingOrders { reply: oneshot::Sender<Result<StandingOrders, String>> },
     /// From an operator: examine all workers, even if that disturbs groups.
     Examine { disturb: bool, reply: oneshot::Sender<Result<Examination, String>> },
     /// A worker answers an examination.

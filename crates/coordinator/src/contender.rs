@@ -7,6 +7,7 @@ use cluster::WORKER_MESSAGE_LIMIT;
 use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::{ClusterStatus, OperatorMessage, StepReply, WorkerMessage};
 use cluster::registry::election::{Candidate, Election, Leadership};
+use cluster::registry::orders::{OrderBook, StandingOrders};
 use engine::Request;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -46,11 +47,12 @@ impl Contender {
         config: CoordinatorConfig,
         candidate: Candidate,
         election: Election,
+        book: OrderBook,
         stop: CancellationToken,
     ) -> (Self, ContenderService, JoinHandle<()>) {
         let (role_sender, role) = watch::channel(Role::Standby(None));
         let (state_sender, state) = watch::channel(State::Standby(None));
-        let contest = Contest { config, candidate, election, role: role_sender, state: state_sender };
+        let contest = Contest { config, candidate, election, book, role: role_sender, state: state_sender };
         let task = tokio::spawn(contest.run(stop));
         (Self { role: role.clone(), state }, ContenderService { role }, task)
     }
@@ -146,6 +148,7 @@ struct Contest {
     config: CoordinatorConfig,
     candidate: Candidate,
     election: Election,
+    book: OrderBook,
     role: watch::Sender<Role>,
     state: watch::Sender<State>,
 }
@@ -194,7 +197,16 @@ impl Contest {
     /// Leads until another does.
     async fn lead(&mut self, leadership: &Leadership) {
         let over = leadership.over().clone();
-        let (handle, service) = Coordinator::start(self.config.clone(), leadership.term(), over.clone());
+        let (config, term, book) = (self.config.clone(), leadership.term(), self.book.clone());
+        // To lead is worth more than to know them.
+        let orders = book.read().await.unwrap_or_else(|error| {
+            error!(%error, "operators' orders to an earlier leader are not known, and not held to");
+            StandingOrders::default()
+        });
+        if orders != StandingOrders::default() {
+            info!(?orders, "operators' orders stand");
+        }
+        let (handle, service) = Coordinator::succeed(config, term, orders, Some(book), over.clone());
         let mut states = handle.state();
         self.role.send_replace(Role::Leading(handle, service));
         loop {

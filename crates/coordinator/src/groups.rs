@@ -72,6 +72,11 @@ impl Groups {
         }
     }
 
+    /// Has the workers at these addresses, should they come, no part in any group.
+    pub(crate) fn hold_back(&mut self, addresses: impl IntoIterator<Item = String>) {
+        self.drained.extend(addresses);
+    }
+
     /// A worker wants to take part: its number, or why it cannot.
     pub(crate) fn join(&mut self, newcomer: Newcomer) -> Result<WorkerId, String> {
         let Newcomer { address, host, report, resources } = newcomer;

@@ -11,6 +11,7 @@ use std::time::Instant;
 use cluster::doctor::Findings;
 use cluster::proto::coordinator_message::Message;
 use cluster::proto::{ClusterStatus, CoordinatorMessage, Welcome};
+use cluster::registry::orders::{OrderBook, StandingOrders};
 use cluster::{Part, Session, WorkerId, preload};
 use engine::Epoch;
 use tokio::sync::{mpsc, watch};
@@ -48,14 +49,27 @@ impl Coordinator {
         term: u64,
         stop: CancellationToken,
     ) -> (CoordinatorHandle, ClusterService) {
+        Self::succeed(config, term, StandingOrders::default(), None, stop)
+    }
+
+    /// Likewise a leader who holds to `orders` that were given to others, and has further ones put down in `book`.
+    pub(crate) fn succeed(
+        config: CoordinatorConfig,
+        term: u64,
+        orders: StandingOrders,
+        book: Option<OrderBook>,
+        stop: CancellationToken,
+    ) -> (CoordinatorHandle, ClusterService) {
         let (commands, inbox) = mpsc::channel(COMMANDS);
-        let groups = Groups::new(config.policy, term);
+        let mut groups = Groups::new(config.policy.scaled(orders.shape, orders.replicas), term);
+        groups.hold_back(orders.drained.iter().cloned());
         let (state_sender, state) = watch::channel(groups.state().unwrap_or(State::Loading));
         let (model_sender, model) = watch::channel(None);
-        let service = ClusterService::new(&config, commands.clone());
+        let service = ClusterService::new(&config, book, commands.clone());
         let leader = Leader {
             config,
             groups,
+            orders,
             heartbeats: Heartbeats::default(),
             incidents: Incidents::default(),
             joined: clock::now(),
@@ -75,6 +89,8 @@ impl Coordinator {
 struct Leader {
     config: CoordinatorConfig,
     groups: Groups,
+    /// What operators ordered that still holds.
+    orders: StandingOrders,
     heartbeats: Heartbeats,
     incidents: Incidents,
     /// When the last worker joined, or the coordinator started.
@@ -148,6 +164,9 @@ impl Leader {
             }
             Command::Operate { order, reply } => {
                 let _ = reply.send(self.operate(order));
+            }
+            Command::StandingOrders { reply } => {
+                let _ = reply.send(Ok(self.orders.clone()));
             }
             Command::Examine { disturb, reply } => {
                 let _ = reply.send(self.examination(disturb));

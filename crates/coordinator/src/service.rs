@@ -2,6 +2,7 @@
 
 mod operate;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use auth::{Nonce, Secret};
@@ -14,11 +15,12 @@ use cluster::proto::{
     Challenge, CoordinatorMessage, Hello, OperatorMessage, OperatorReply, StepFrame, StepReply,
     WorkerMessage, coordinator_message, step_reply,
 };
+use cluster::registry::orders::OrderBook;
 use cluster::{
     MAX_STEPS_IN_FLIGHT, ModelReport, PROTOCOL, Progress, Resources, Session, WORKER_MESSAGE_LIMIT, WorkerId,
 };
 use engine::{Epoch, StepOutput};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -41,11 +43,22 @@ pub struct ClusterService {
     commands: mpsc::Sender<Command>,
     secret: Secret,
     heartbeat_timeout: Duration,
+    /// Where orders are put down, by one at a time, so that the last state is what stands there; none: they end with this leader.
+    book: Option<Arc<Mutex<OrderBook>>>,
 }
 
 impl ClusterService {
-    pub(crate) fn new(config: &CoordinatorConfig, commands: mpsc::Sender<Command>) -> Self {
-        Self { commands, secret: config.secret.clone(), heartbeat_timeout: config.heartbeat_timeout }
+    pub(crate) fn new(
+        config: &CoordinatorConfig,
+        book: Option<OrderBook>,
+        commands: mpsc::Sender<Command>,
+    ) -> Self {
+        Self {
+            commands,
+            secret: config.secret.clone(),
+            heartbeat_timeout: config.heartbeat_timeout,
+            book: book.map(|book| Arc::new(Mutex::new(book))),
+        }
     }
 
     /// The service as tonic's server takes it.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use auth::Secret;
 use cluster::registry::election::{Addresses, Candidate, Election};
+use cluster::registry::orders::OrderBook;
 use cluster::registry::{ClusterName, MemoryRegistry, Registry, Transaction};
 use coordinator::{Contender, CoordinatorConfig, Engine, EngineError, EngineEvent, State, Submission};
 use engine::{Request, SamplingParams, StepPlan};
@@ -38,10 +39,11 @@ impl Running {
         let registry: Arc<dyn Registry> = Arc::new(registry.clone());
         let election = Election::watch(registry.as_ref()).await.expect("it answers");
         let addresses = Addresses { clients: format!("{name}:1"), workers: workers.to_string() };
+        let book = OrderBook::new(registry.clone());
         let candidate = Candidate::new(registry, addresses, TTL);
         let stop = CancellationToken::new();
         let config = CoordinatorConfig::new(1, secret.clone());
-        let (contender, service, task) = Contender::start(config, candidate, election, stop.clone());
+        let (contender, service, task) = Contender::start(config, candidate, election, book, stop.clone());
         let server = Server::builder().add_service(service.into_server());
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         Self { contender, workers, stop, task }

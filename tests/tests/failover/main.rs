@@ -6,6 +6,7 @@
 mod embedded;
 mod faults;
 mod groups;
+mod orders;
 mod pipelines;
 
 use std::io::Write;

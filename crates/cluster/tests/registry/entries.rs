@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use cluster::Order;
 use cluster::registry::members::{Members, Registration, WorkerEntry};
+use cluster::registry::orders::{OrderBook, StandingOrders};
 use cluster::registry::{Health, Listing, Registry, RegistryError, Revision, Snapshot, Transaction};
 use tokio::time::timeout;
 
@@ -194,4 +196,26 @@ pub(crate) async fn workers_are_listed_and_rubbish_is_told(stage: &impl Stage) {
     .await;
     drop(second);
     listing(&[], &["workers/a", "workers/b", "workers/c", "workers/d"]).await;
+}
+
+pub(crate) async fn orders_stand_until_they_are_replaced(stage: &impl Stage) {
+    let book = OrderBook::new(stage.registry("first").await);
+    assert_eq!(book.read().await, Ok(StandingOrders::default()));
+    let mut orders = StandingOrders::default();
+    orders.add(Order::Drain { address: "host1:1".into() });
+    orders.add(Order::Scale { shape: None, replicas: Some(2) });
+    book.write(&orders).await.expect("it answers");
+    // Whoever asks, over whatever connection, at once; but not in another cluster.
+    let other = OrderBook::new(stage.registry("first").await);
+    assert_eq!(other.read().await, Ok(orders.clone()));
+    assert_eq!(OrderBook::new(stage.registry("second").await).read().await, Ok(StandingOrders::default()));
+    orders.add(Order::Restore { address: "host1:1".into() });
+    other.write(&orders).await.expect("it answers");
+    assert_eq!(book.read().await, Ok(orders));
+
+    let registry = stage.registry("first").await;
+    for rubbish in ["{", r#"{"replicas": 0}"#, r#"{"shape": {"Auto": {"max_stages": 99}}}"#] {
+        put(registry.as_ref(), "orders", rubbish).await;
+        assert_eq!(book.read().await, Ok(StandingOrders::default()), "{rubbish}");
+    }
 }

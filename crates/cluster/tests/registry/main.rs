@@ -39,6 +39,7 @@ suite! {
     entries::entries_end_with_their_lease
     entries::clusters_stay_apart
     entries::workers_are_listed_and_rubbish_is_told
+    entries::orders_stand_until_they_are_replaced
     elections::one_candidate_leads_at_a_time_and_terms_rise
     elections::a_lost_lease_ends_no_term
     elections::a_leader_that_was_superseded_stops

@@ -9,7 +9,7 @@ impl Leader {
     /// Carries an order out; what came of it, for people.
     pub(super) fn operate(&mut self, order: Order) -> Result<String, String> {
         info!(?order, "ordered");
-        let (effects, done) = match order {
+        let (effects, done) = match order.clone() {
             Order::Drain { address } => {
                 let effects = self.groups.drain(&address, true)?;
                 (effects, format!("the worker at {address} has no part in any group now"))
@@ -26,6 +26,7 @@ impl Leader {
                 (effects, format!("asked for: {policy}"))
             }
         };
+        self.orders.add(order);
         self.perform(effects);
         let groups: Vec<_> = self.groups.standing().map(|(group, _)| group.to_string()).collect();
         Ok(if groups.is_empty() { done } else { format!("{done}; {}", groups.join(", ")) })

@@ -61,7 +61,20 @@ impl ClusterService {
             let examination = self.ask(|reply| Command::Examine { disturb, reply }).await?;
             return Ok(Down::Report(examination.run().await.into()));
         }
-        self.ask(|reply| Command::Operate { order, reply }).await.map(Down::Done)
+        let done = self.ask(|reply| Command::Operate { order, reply }).await?;
+        Ok(Down::Done(match self.put_down().await {
+            Ok(()) => done,
+            Err(reason) => format!("{done}; a coordinator that takes over will not know of it: {reason}"),
+        }))
+    }
+
+    /// Puts down all orders that stand, for whoever leads next.
+    async fn put_down(&self) -> Result<(), String> {
+        let Some(book) = &self.book else { return Ok(()) };
+        let book = book.lock().await;
+        let orders = self.ask(|reply| Command::StandingOrders { reply }).await;
+        let orders = orders.map_err(|status| status.message().to_owned())?;
+        book.write(&orders).await.map_err(|error| error.to_string())
     }
 
     async fn ask<T>(

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cluster::registry::election::{Addresses, Candidate, Election};
+use cluster::registry::orders::OrderBook;
 use cluster::registry::{MemoryRegistry, Registry};
 use coordinator::{Contender, CoordinatorConfig};
 use tokio::task::JoinHandle;
@@ -71,10 +72,11 @@ impl Coordinators {
         let Ok(election) = Election::watch(&reach).await else { return };
         let addresses = Addresses { clients: name.clone(), workers: name.clone() };
         let registry: Arc<dyn Registry> = Arc::new(reach.clone());
+        let book = OrderBook::new(registry.clone());
         let candidate = Candidate::new(registry, addresses, TTL);
         let stop = CancellationToken::new();
         let (contender, service, task) =
-            Contender::start(self.0.config.clone(), candidate, election, stop.clone());
+            Contender::start(self.0.config.clone(), candidate, election, book, stop.clone());
         self.0.network.listen(&name, service.into_server());
         self.0.journal.note(format_args!("{name} starts"));
         let (dead, may_lose_lead) = (CancellationToken::new(), AtomicBool::new(false));
