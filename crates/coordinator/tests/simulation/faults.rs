@@ -55,6 +55,8 @@ pub(crate) enum WorkerFault {
     FailsInStep,
     /// It says in the next step that it lost another rank.
     Accuses,
+    /// Another rank gets something from it in the next step that cannot be right, and says so.
+    Garbles,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -137,6 +139,7 @@ impl WorkerFault {
             Self::FailsInStep => &control.fails_step,
             Self::Echoes => &control.echoes,
             Self::Accuses => &control.accuses,
+            Self::Garbles => &control.garbles,
         };
         fails.store(true, Ordering::Relaxed);
         sleep(time).await;

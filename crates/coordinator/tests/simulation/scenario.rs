@@ -199,7 +199,7 @@ impl Chance {
             let place = if self.often(0.7) { None } else { Some(self.0.random_range(0..3)) };
             return (at, Fault::Coordinator { place, what, time });
         }
-        let what = match self.0.random_range(0..12) {
+        let what = match self.0.random_range(0..13) {
             0 => WorkerFault::Killed,
             1 => WorkerFault::Vanished,
             2 => WorkerFault::Hung,
@@ -211,6 +211,7 @@ impl Chance {
             8 => WorkerFault::FailsInStep,
             9 => WorkerFault::Congested,
             10 => WorkerFault::Echoes,
+            11 => WorkerFault::Garbles,
             _ => WorkerFault::Accuses,
         };
         (at, Fault::Worker { worker: self.0.random_range(0..workers), what, time })

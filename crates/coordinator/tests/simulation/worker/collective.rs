@@ -38,6 +38,8 @@ struct Rank {
     meetings: u64,
     /// Its process has ended, or has left the group.
     gone: bool,
+    /// The meeting in which the rank behind it gets something from it that cannot be right.
+    garbled: Option<u64>,
     limits: Option<Limits>,
 }
 
@@ -103,6 +105,9 @@ impl Seat {
             meeting
         };
         self.room.changed.notify_waiters();
+        if let Some(before) = self.garbled(meeting) {
+            return Err(Lost(before));
+        }
         loop {
             let changed = self.room.changed.notified();
             let missing = self.missing(meeting)?;
@@ -113,6 +118,21 @@ impl Seat {
             }
             changed.await;
         }
+    }
+
+    /// In the next meeting, the rank behind it gets something from it that cannot be right; if that is there already, in the one after.
+    pub(crate) fn garble(&self) {
+        let mut state = self.room.state();
+        let behind = state.ranks[(self.rank + 1) % state.ranks.len()].meetings;
+        let rank = &mut state.ranks[self.rank];
+        rank.garbled = Some(behind.max(rank.meetings) + 1);
+    }
+
+    /// The rank in front, if what came of it in a meeting cannot be right.
+    fn garbled(&self, meeting: u64) -> Option<usize> {
+        let state = self.room.state();
+        let before = self.rank.checked_sub(1).unwrap_or(state.ranks.len() - 1);
+        (state.ranks[before].garbled == Some(meeting)).then_some(before)
     }
 
     /// The first rank that has not come to a meeting.

@@ -22,6 +22,8 @@ pub(crate) struct Control {
     pub(crate) echoes: AtomicBool,
     /// In the next step it says that the connection with another rank broke.
     pub(crate) accuses: AtomicBool,
+    /// In the next step, the rank behind it gets something from it that cannot be right.
+    pub(crate) garbles: AtomicBool,
 }
 
 impl Default for Control {
@@ -35,6 +37,7 @@ impl Default for Control {
             fails_step: AtomicBool::new(false),
             echoes: AtomicBool::new(false),
             accuses: AtomicBool::new(false),
+            garbles: AtomicBool::new(false),
         }
     }
 }

@@ -37,6 +37,8 @@ pub(super) struct Membership<'a> {
     latest: Epoch,
     rank: Option<Rank>,
     steps: Option<Steps>,
+    /// The coordinator was told that the rank failed: it says what follows.
+    failed: bool,
 }
 
 struct Steps {
@@ -68,7 +70,7 @@ enum Heard {
 impl<'a> Membership<'a> {
     pub(super) fn new(worker: &'a Worker, joined: Joined, latest_term: &'a mut u64) -> Self {
         let (vitals, latest) = (Vitals::default(), Epoch::default());
-        Self { worker, joined, vitals, latest_term, latest, rank: None, steps: None }
+        Self { worker, joined, vitals, latest_term, latest, rank: None, steps: None, failed: false }
     }
 
     /// Takes part until the end.
@@ -96,17 +98,17 @@ impl<'a> Membership<'a> {
     }
 
     async fn hear(&mut self) -> Heard {
-        let Self { worker, joined, rank, steps, .. } = self;
+        let Self { worker, joined, rank, steps, failed, .. } = self;
         let news = async {
             match rank {
-                Some(Rank { news, .. }) => news.recv().await,
-                None => None,
+                Some(Rank { news, .. }) if !*failed => news.recv().await,
+                _ => None,
             }
         };
         let frame = async {
             match steps {
-                Some(steps) => steps.frames.recv().await,
-                None => std::future::pending().await,
+                Some(steps) if !*failed => steps.frames.recv().await,
+                _ => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -170,7 +172,7 @@ impl<'a> Membership<'a> {
         let (epoch, rank) = (place.epoch, place.rank);
         journal.led(epoch, &self.joined.leader.candidate);
         if epoch.term < *self.latest_term {
-            self.fail(epoch, "takes no earlier term", None).await;
+            self.fail(epoch, "takes no earlier term", None);
             return Err(End::Again("an earlier term".into()));
         }
         if epoch <= self.latest {
@@ -212,10 +214,10 @@ impl<'a> Membership<'a> {
                 }
             }
             News::LoadFailed => {
-                self.fail(epoch, "does not load", None).await;
+                self.fail(epoch, "does not load", None);
                 return Err(End::Final("it does not load".into()));
             }
-            News::Failed { reason, at_rank } => self.fail(epoch, &reason, at_rank).await,
+            News::Failed { reason, at_rank } => self.fail(epoch, &reason, at_rank),
         }
         Ok(())
     }
@@ -231,7 +233,7 @@ impl<'a> Membership<'a> {
             Ok(frames) => self.steps = Some(Steps { outputs, frames }),
             // The group was lost meanwhile: the Join stream says so.
             Err(status) if status.code() == Code::FailedPrecondition => {}
-            Err(_) => self.fail(epoch, "cannot attach", None).await,
+            Err(_) => self.fail(epoch, "cannot attach", None),
         }
     }
 
@@ -247,7 +249,7 @@ impl<'a> Membership<'a> {
                     journal.violation(format_args!("{address} in {epoch} got {other:?}"));
                 }
             },
-            Some(Err(status)) => self.fail(epoch, status.message(), None).await,
+            Some(Err(status)) => self.fail(epoch, status.message(), None),
             // What follows, the Join stream tells.
             None => self.steps = None,
         }
@@ -255,20 +257,21 @@ impl<'a> Membership<'a> {
 
     /// Ends this worker's part in its group.
     async fn leave_group(&mut self) {
-        self.steps = None;
+        (self.steps, self.failed) = (None, false);
         if let Some(rank) = self.rank.take() {
             rank.stop().await;
             self.vitals.change(|progress| *progress = Progress::default());
         }
     }
 
-    async fn fail(&mut self, epoch: Epoch, reason: &str, at_rank: Option<usize>) {
+    /// Tells the coordinator; until that says what follows, connections stay.
+    fn fail(&mut self, epoch: Epoch, reason: &str, at_rank: Option<usize>) {
         let Worker { journal, address, .. } = self.worker;
         journal.note(format_args!("{address} fails in {}: {reason}", journal.epoch(epoch)));
         let at_member = at_rank.map(|rank| rank as u32);
         let failed = Failed { epoch: Some(epoch.into()), reason: reason.to_owned(), at_member };
         send(&self.joined.up, Up::Failed(failed));
-        self.leave_group().await;
+        self.failed = self.rank.is_some();
     }
 }
 

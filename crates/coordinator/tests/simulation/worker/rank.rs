@@ -126,7 +126,11 @@ impl Running {
         while let Some(Some(plan)) = abort.run_until_cancelled(plans.recv()).await {
             match self.step(&mut executor, &plan, &abort).await {
                 Some(Ok(tokens)) => self.tell(News::Ran(self.output(&plan, tokens))),
-                Some(Err(news)) => return self.tell(news),
+                Some(Err(news)) => {
+                    self.tell(news);
+                    // Its seat stays taken until the group is abandoned, or others would take this rank for the one that was lost.
+                    return abort.cancelled().await;
+                }
                 None => return,
             }
         }
@@ -163,6 +167,9 @@ impl Running {
                 return Some(Err(News::Failed { reason: wrong, at_rank: None }));
             }
         };
+        if strikes(&control.garbles) && self.place.addresses.len() > 1 {
+            self.seat.garble();
+        }
         let met = abort.run_until_cancelled(self.meet(digest(&tokens))).await?;
         // What was met in while it was stopped is told when it goes on.
         control.stopped.pass().await;
