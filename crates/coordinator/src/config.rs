@@ -8,7 +8,7 @@ use cluster::{Policy, Shape};
 /// How a coordinator runs its group.
 #[derive(Debug, Clone)]
 pub struct CoordinatorConfig {
-    /// How the group is cut; it is one, whatever number of replicas the policy says.
+    /// How groups are cut, and how many there are at most; standing orders change it.
     pub policy: Policy,
     /// How long the first group waits for the width that is wanted after the last worker joined, if it could be formed narrower.
     pub gather: Duration,

@@ -83,7 +83,7 @@ fn embed_gives_rows_or_zeros() {
 #[test]
 fn norms_of_any_width() {
     for gpu in &mut gpus() {
-        for cols in [1, 7, 64, 100, 2048] {
+        for cols in [1, 7, 64, 100, 2048, 8192, 20_000] {
             for rows in [1, 3, 40] {
                 let want = norms(&mut Oracle::default(), DType::Bf16, rows, cols);
                 assert_close(&norms(gpu, DType::Bf16, rows, cols), &want, 8e-3, gpu.path());

@@ -32,6 +32,39 @@ async fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().await
 }
 
+/// Two coordinators, of which the first leads with a lease of 2 s, and workers that are all its ranks.
+struct Pair {
+    leader: Phalanx,
+    other: Phalanx,
+    /// Where workers and operators reach them.
+    joins: [String; 2],
+    /// Where clients do.
+    clients: [String; 2],
+    workers: Vec<Phalanx>,
+}
+
+impl Pair {
+    fn start(etcd: &Etcd, ranks: usize) -> Self {
+        let coordinator = || {
+            let ranks = ranks.to_string();
+            let args =
+                ["--ranks", &ranks, "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--lease", "2"];
+            start_coordinator(PHALANX, &[&args[..], &["--etcd", &etcd.url]].concat())
+        };
+        let (mut leader, join, clients) = coordinator();
+        leader.line(|line| line.starts_with("waiting for workers").then_some(()));
+        let (other, other_join, other_clients) = coordinator();
+        let worker = |number: usize| {
+            let place = Place { host: format!("127.0.0.{}", 2 + number), ..Place::default() };
+            start_worker(PHALANX, &["--etcd", &etcd.url], &place)
+        };
+        let workers = (0..ranks).map(worker).collect();
+        let serving = format!("serving yi-nano on {ranks} ranks");
+        leader.line(|line| line.starts_with(&serving).then_some(()));
+        Self { leader, other, joins: [join, other_join], clients: [clients, other_clients], workers }
+    }
+}
+
 /// What clients get if nothing happens.
 async fn undisturbed() -> &'static [Answer] {
     static ANSWERS: OnceCell<Vec<Answer>> = OnceCell::const_new();
@@ -266,32 +299,19 @@ async fn a_machine_s_own_workers_are_started_again() {
 async fn the_leading_coordinator_is_killed() {
     let _turn = turn().await;
     let Some(etcd) = Etcd::start() else { return };
-    let coordinator = || {
-        let args = ["--ranks", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--lease", "2"];
-        start_coordinator(PHALANX, &[&args[..], &["--etcd", &etcd.url]].concat())
-    };
-    let (mut first, _, first_address) = coordinator();
-    first.line(|line| line.starts_with("waiting for workers").then_some(()));
-    let (mut second, _, second_address) = coordinator();
-    let workers = [2, 3].map(|last| {
-        let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
-        start_worker(PHALANX, &["--etcd", &etcd.url], &place)
-    });
-    first.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
-
-    let servers = format!("{first_address},{second_address}");
-    let mut running = Streams::start(&servers, STREAMS, 0, TOKENS, client::PATIENCE).await;
+    let Pair { leader, mut other, clients, workers, .. } = Pair::start(&etcd, 2);
+    let mut running = Streams::start(&clients.join(","), STREAMS, 0, TOKENS, client::PATIENCE).await;
     running.until(20).await;
     let lost = Instant::now();
-    first.signal(Signal::KILL);
-    first.end();
-    second.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
+    leader.signal(Signal::KILL);
+    leader.end();
+    other.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
     let pause = answered("the leader killed", running).await.pause_after(lost);
     say(&format!(
         "the leading coordinator killed, lease 2 s: clients saw nothing for {:.3} s",
         pause.as_secs_f64()
     ));
-    for part in workers.into_iter().chain([second]) {
+    for part in workers.into_iter().chain([other]) {
         part.signal(Signal::TERM);
         part.end().success();
     }

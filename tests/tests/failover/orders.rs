@@ -2,12 +2,11 @@
 
 use client::{Client, ClusterStatus};
 use phalanx_tests::etcd::Etcd;
-use phalanx_tests::link::Place;
-use phalanx_tests::members::{operate, rank_count, start_coordinator, start_worker};
+use phalanx_tests::members::{operate, rank_count};
 use phalanx_tests::process::Signal;
 use phalanx_tests::streams::Streams;
 
-use super::{PHALANX, STREAMS, TOKENS, answered, turn};
+use super::{PHALANX, Pair, STREAMS, TOKENS, answered, turn};
 
 async fn status(clients: &str) -> ClusterStatus {
     Client::connect(clients).await.expect("it listens").status().await.expect("it leads")
@@ -17,41 +16,29 @@ async fn status(clients: &str) -> ClusterStatus {
 async fn orders_hold_when_another_coordinator_takes_over() {
     let _turn = turn().await;
     let Some(etcd) = Etcd::start() else { return };
-    let coordinator = || {
-        let args = ["--ranks", "3", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--lease", "2"];
-        start_coordinator(PHALANX, &[&args[..], &["--etcd", &etcd.url]].concat())
-    };
-    let (mut first, join, first_address) = coordinator();
-    first.line(|line| line.starts_with("waiting for workers").then_some(()));
-    let (mut second, other_join, second_address) = coordinator();
-    let workers = [2, 3, 4].map(|last| {
-        let place = Place { host: format!("127.0.0.{last}"), ..Place::default() };
-        start_worker(PHALANX, &["--etcd", &etcd.url], &place)
-    });
-    first.line(|line| line.starts_with("serving yi-nano on 3 ranks").then_some(()));
-    let servers = format!("{first_address},{second_address}");
-    let mut running = Streams::start(&servers, STREAMS, 0, TOKENS, client::PATIENCE).await;
+    let Pair { leader, mut other, joins, clients, workers } = Pair::start(&etcd, 3);
+    let mut running = Streams::start(&clients.join(","), STREAMS, 0, TOKENS, client::PATIENCE).await;
     running.until(10).await;
 
     let ordered = |join: &str, order: &[&str]| operate(PHALANX, join, order).success();
-    ordered(&join, &["scale", "--ranks", "2", "--min-ranks", "1"]);
-    let drained = status(&first_address).await.groups[0].ranks[0].worker.clone().expect("a worker").address;
-    let done = ordered(&join, &["drain", &drained]);
-    assert!(!done.contains("take"), "it is put down: {done}");
+    ordered(&joins[0], &["scale", "--ranks", "2", "--min-ranks", "1"]);
+    let drained = status(&clients[0]).await.groups[0].ranks[0].worker.clone().expect("a worker").address;
+    let done = ordered(&joins[0], &["drain", &drained]);
+    assert!(!done.contains("takes over"), "it is put down: {done}");
 
-    first.signal(Signal::KILL);
-    first.end();
-    second.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
+    leader.signal(Signal::KILL);
+    leader.end();
+    other.line(|line| line.starts_with("serving yi-nano on 2 ranks").then_some(()));
     answered("the leader killed after orders", running).await;
-    let after = status(&second_address).await;
+    let after = status(&clients[1]).await;
     let spares: Vec<_> = after.spares.iter().map(|spare| (&spare.address, spare.drained)).collect();
     assert_eq!((rank_count(&after), spares), (2, vec![(&drained, true)]), "{after:?}");
 
     // The new leader can take the order back, and puts that down, too.
-    ordered(&other_join, &["drain", &drained, "--undo"]);
-    ordered(&other_join, &["scale", "--ranks", "3"]);
-    second.line(|line| line.starts_with("serving yi-nano on 3 ranks").then_some(()));
-    for part in workers.into_iter().chain([second]) {
+    ordered(&joins[1], &["drain", &drained, "--undo"]);
+    ordered(&joins[1], &["scale", "--ranks", "3"]);
+    other.line(|line| line.starts_with("serving yi-nano on 3 ranks").then_some(()));
+    for part in workers.into_iter().chain([other]) {
         part.signal(Signal::TERM);
         part.end().success();
     }

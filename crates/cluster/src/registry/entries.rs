@@ -10,7 +10,7 @@ use tracing::warn;
 use super::{Entry, Revision, Snapshot};
 
 /// Bytes of a value that anybody here would write; more is rubbish.
-const MAX_VALUE: usize = 64 << 10;
+pub(super) const MAX_VALUE: usize = 64 << 10;
 
 /// What was found below a prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]

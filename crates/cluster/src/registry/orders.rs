@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::entries::{Entries, to_json};
+use super::entries::{Entries, MAX_VALUE, to_json};
 use super::{Registry, RegistryError, Transaction};
 use crate::order::Order;
 use crate::policy::{MAX_GROUP, Shape};
@@ -72,9 +72,16 @@ impl OrderBook {
     /// Replaces them.
     ///
     /// # Errors
-    /// Where the registry is away: whether they were replaced is then not known.
+    /// Where the registry is away: whether they were replaced is then not known. Or where they are more than would be read again.
     pub async fn write(&self, orders: &StandingOrders) -> Result<(), RegistryError> {
-        self.0.transact(Transaction::default().put(KEY, to_json(orders), None)).await.map(drop)
+        let value = to_json(orders);
+        if value.len() > MAX_VALUE {
+            return Err(RegistryError::Options(format!(
+                "{} workers are drained, too many to put down: take some back with `phalanx drain --undo`",
+                orders.drained.len()
+            )));
+        }
+        self.0.transact(Transaction::default().put(KEY, value, None)).await.map(drop)
     }
 }
 

@@ -211,6 +211,12 @@ pub(crate) async fn orders_stand_until_they_are_replaced(stage: &impl Stage) {
     assert_eq!(OrderBook::new(stage.registry("second").await).read().await, Ok(StandingOrders::default()));
     orders.add(Order::Restore { address: "host1:1".into() });
     other.write(&orders).await.expect("it answers");
+    assert_eq!(book.read().await, Ok(orders.clone()));
+    // What would not be read again is refused, and what stood stands.
+    let mut many = orders.clone();
+    (0..10_000).for_each(|n| many.add(Order::Drain { address: format!("host{n}:1") }));
+    let error = book.write(&many).await.expect_err("too many").to_string();
+    assert!(error.contains("10000 workers are drained"), "{error}");
     assert_eq!(book.read().await, Ok(orders));
 
     let registry = stage.registry("first").await;

@@ -2,7 +2,7 @@
 //
 // attend_short_d{16,32,64,128}(attention, splits, scale, rows_per_item)
 //   grid (X, units) with any X: block x works on spans x, x + X, …, so X does not bound the spans and a recorded launch stays
-//   right as contexts grow; a few times the number of multiprocessors is good. Block 128, 66048 bytes of dynamic shared memory.
+//   right as contexts grow; as many as there is room for at once are good. Block 128, 66048 bytes of dynamic shared memory.
 //   attention, splits: see attend.cuh. A short slice has tokens · group ≤ rows_per_item ≤ 16 and ⌈(start + tokens) / 512⌉
 //   spans; one without spans (padding) is passed over.
 //   scale: of the scores, f32, positive. rows_per_item: rows that `splits` has room for in each item, i32.

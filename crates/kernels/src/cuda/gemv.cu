@@ -123,23 +123,23 @@ template <class Format> struct Lines {
 // Where a lane finds the weights of a segment.
 template <class Format> struct Source {
     const u8* weights;
-    i32 group;  // the first group's
     i32 panel;
+    i32 group;  // the segment's first, of the panel's in their order in memory
     i32 steps;  // to the end of the panel; 0 where there is no segment
 
     template <bool SUMMED> __device__ __forceinline__ Source(const Items<SUMMED>& items, const Place<SUMMED>& place) {
         weights = nullptr;
-        group = panel = steps = 0;
+        panel = group = steps = 0;
         if (!place.item.exists(items)) {
             return;
         }
         panel = place.panel;
-        const Panel& panel = items.panels.panel[place.panel];
+        const Panel& source = items.panels.panel[panel];
         i32 lane = threadIdx.x % 32;
-        weights = panel.weights + place.item.tile * tile_bytes<Format>(panel.k) + place.k / Format::LINE_K * LINE_BYTES + lane * 16;
-        steps = ceil_div(panel.k - place.k, Format::STEP_K);
+        weights = source.weights + place.item.tile * tile_bytes<Format>(source.k) + place.k / Format::LINE_K * LINE_BYTES + lane * 16;
+        steps = ceil_div(source.k - place.k, Format::STEP_K);
         if constexpr (Format::GROUPED) {
-            group = place.item.tile * ceil_div(panel.k, GROUP_K) + place.k / GROUP_K;
+            group = place.item.tile * ceil_div(source.k, GROUP_K) + place.k / GROUP_K;
         }
     }
 
@@ -154,8 +154,10 @@ template <class Format> struct Source {
                 cp_async16(&lines.piece[2 * i + 1][lane], line + LINE_BYTES / 2, true);
             }
             if constexpr (Format::GROUPED) {
-                cp_async_small<8>(&lines.piece[2 * Lines<Format>::COUNT][lane].x, panels.panel[panel].scales + (group + step) * TILE_ROWS + lane / 4 * 2);
-                cp_async_small<4>(&lines.piece[2 * Lines<Format>::COUNT][lane].z, panels.panel[panel].zeros + (group + step) * TILE_ROWS + lane / 8 * 4);
+                uint4& to = lines.piece[2 * Lines<Format>::COUNT][lane];
+                i32 row = (group + step) * TILE_ROWS;
+                cp_async_small<8>(&to.x, panels.panel[panel].scales + row + lane / 4 * 2);
+                cp_async_small<4>(&to.z, panels.panel[panel].zeros + row + lane / 8 * 4);
             }
         }
         cp_async_commit();
@@ -184,7 +186,7 @@ static __device__ __forceinline__ void multiply_step(float (&sum)[4], const Line
     }
 }
 
-// A segment's sums; its steps make room for those that come AHEAD steps later, of this segment or the following.
+// Adds a step to a segment's sums when its weights are there. `left`: values of the segment from `x` on, if it is not WHOLE.
 template <class Format, bool WHOLE>
 static __device__ __forceinline__ void take_step(float (&segment)[4], const Lines<Format>& lines, const u16* x, i32 left) {
     cp_async_wait<AHEAD - 1>();
@@ -205,8 +207,9 @@ static __device__ __forceinline__ void take_step(float (&segment)[4], const Line
 // A segment's sums. Each step makes room for the one that comes AHEAD steps later: when those of this segment are on their way,
 // `source` turns to the following one.
 template <class Format, class TurnToFollowing>
-static __device__ __forceinline__ void multiply_segment(const Panels& panels, float (&segment)[4], Lines<Format>* ring, const Source<Format>& source,
-                                                        const TurnToFollowing& turn_to_following, const u16* x, i32 left) {
+static __device__ __forceinline__ void multiply_segment(const Panels& panels, float (&segment)[4], Lines<Format>* ring,
+                                                        const Source<Format>& source, const TurnToFollowing& turn_to_following,
+                                                        const u16* x, i32 left) {
     constexpr i32 STEPS = SEGMENT_K / Format::STEP_K;
     auto make_room = [&](i32 step) {
         if (step == STEPS - AHEAD) {
@@ -296,7 +299,8 @@ static __device__ __forceinline__ void multiply(const Items<SUMMED>& items, i32 
 }
 
 template <class Format>
-static __device__ __forceinline__ void gemv(const Panels& panels, i32 count, i32 tiles, i32 segments, Input input, float* out, i32 out_cols) {
+static __device__ __forceinline__ void gemv(const Panels& panels, i32 count, i32 tiles, i32 segments, Input input, float* out,
+                                            i32 out_cols) {
     auto finish = [&](i32 index, i32 col, i32 row, const float* sums, i32 stride) {
         const Panel& panel = panels.panel[index];
         if (col < panel.n) {

@@ -55,7 +55,9 @@ static __device__ __forceinline__ void normalise(const float* added, float* resi
     }
     for (i32 i = static_cast<i32>(threadIdx.x) + KEPT * THREADS; i < cols; i += THREADS) {
         float x = residual_at(added, residual, i);
-        residual[i] = x;
+        if (added != nullptr) {
+            residual[i] = x;
+        }
         squares = fmaf(x, x, squares);
     }
     float mean = block_sum(squares) / static_cast<float>(cols);
