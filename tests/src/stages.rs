@@ -35,27 +35,27 @@ pub struct Pipeline {
 pub struct Seat<P> {
     /// Ranks of its stage.
     pub width: usize,
-    /// Its stage.
-    pub stage: Stage,
-    /// What becomes the stage's collective.
+    /// The stage's layers.
+    pub layers: Range<usize>,
+    /// What becomes the stage's collective, and the link between stages.
     pub place: P,
 }
 
+/// A rank's device, with what connects it.
+pub type Joined<B, C> = (B, C, Box<dyn StageLink<<B as Backend>::Buffer>>);
+
 impl Pipeline {
     /// The places of all ranks, stage after stage, of the links of each stage's ranks and what `group` gives a stage of so many.
-    pub fn seats<P>(
+    pub fn seats<P, L>(
         &self,
-        links: Vec<Vec<StageLink>>,
+        links: Vec<Vec<L>>,
         mut group: impl FnMut(usize) -> Vec<P>,
-    ) -> Vec<Seat<P>> {
+    ) -> Vec<Seat<(P, L)>> {
         let stages = self.layers.iter().zip(&self.widths).zip(links);
         stages
             .flat_map(|((layers, &width), links)| {
                 let places = group(width).into_iter().zip(links);
-                places.map(move |(place, link)| {
-                    let stage = Stage { layers: layers.clone(), link };
-                    Seat { width, stage, place }
-                })
+                places.map(move |place| Seat { width, layers: layers.clone(), place })
             })
             .collect()
     }
@@ -66,13 +66,14 @@ pub fn on_seats<P: Send, B: Backend, C: Collective<B::Buffer>, R: Send>(
     dir: &Path,
     options: &ModelOptions,
     seats: Vec<Seat<P>>,
-    join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
+    join: impl Fn(P, &[Range<usize>]) -> Result<Joined<B, C>> + Sync,
     body: impl Fn(usize, &mut ModelExecutor<B, C>) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    each_rank(seats.into_iter().enumerate().collect(), |(index, Seat { width, stage, place, .. })| {
+    each_rank(seats.into_iter().enumerate().collect(), |(index, Seat { width, layers, place })| {
         let source = ModelSource::open(dir, options.clone())?;
         let ranges = rank_ranges(source.config().shape.kv_heads, width)?;
-        let (backend, collective) = join(place, &ranges)?;
+        let (backend, collective, link) = join(place, &ranges)?;
+        let stage = Stage { layers, link };
         body(index, &mut source.stage_executor(backend, stage, &ranges, collective)?)
     })
 }
@@ -91,7 +92,7 @@ pub fn serve<P: Send, B: Backend, C: Collective<B::Buffer>>(
     dir: &Path,
     options: &ModelOptions,
     seats: Vec<Seat<P>>,
-    join: impl Fn(P, &[Range<usize>]) -> Result<(B, C)> + Sync,
+    join: impl Fn(P, &[Range<usize>]) -> Result<Joined<B, C>> + Sync,
     settle: fn(&mut B) -> Result<()>,
     (scheduler, requests): (Scheduler, Vec<Request>),
 ) -> Result<Served> {

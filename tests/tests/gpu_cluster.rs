@@ -158,11 +158,12 @@ async fn next_token(stream: &mut Generation) -> Option<u32> {
 }
 
 /// A worker hangs, so that the kernels of the other wait for it, and is then killed: the other is freed, and with a new worker the
-/// answer goes on as if nothing had been.
-async fn an_answer_outlives_a_worker(collective: &str) {
+/// answer goes on as if nothing had been. Both make a group of the form `group`; the other tells that it exchanged by `used`.
+async fn an_answer_outlives_a_worker(group: &[&str], collective: &str, used: &str) {
     let Some(emulator) = Emulator::find() else { return };
-    let args = ["coordinator", "--workers", "2", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
-    let mut coordinator = PHALANX.command(args).env("PHALANX_SECRET", SECRET).start();
+    let place = ["coordinator", "--grpc", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
+    let args = [&place[..], group].concat();
+    let mut coordinator = PHALANX.command(&args).env("PHALANX_SECRET", SECRET).start();
     let (join, address) = coordinator.line(|line| {
         let (join, address) = line.strip_prefix("workers join at ")?.split_once(", clients connect at ")?;
         Some((join.to_owned(), address.to_owned()))
@@ -212,18 +213,33 @@ async fn an_answer_outlives_a_worker(collective: &str) {
     }
     first.signal(Signal::TERM);
     let told = first.end().stderr;
-    let freed = told.contains("the group is abandoned") || told.contains("lost rank 1");
+    let freed = told.contains("the group is abandoned") || told.contains("lost rank");
     assert!(freed && !told.contains("panicked"), "{told}");
+    let ways: Vec<_> = told.lines().filter(|line| line.contains("exchange")).collect();
+    assert!(ways.len() == 2 && ways.iter().all(|way| way.contains(&format!("used=\"{used}\""))), "{told}");
 }
+
+const TENSOR_PARALLEL: [&str; 2] = ["--ranks", "2"];
+const PIPELINE: [&str; 4] = ["--ranks", "1", "--stages", "2"];
 
 #[tokio::test]
 async fn an_answer_outlives_a_worker_whose_memory_is_shared() {
-    an_answer_outlives_a_worker("peer").await;
+    an_answer_outlives_a_worker(&TENSOR_PARALLEL, "peer", "memory that they share").await;
 }
 
 #[tokio::test]
 async fn an_answer_outlives_a_worker_connected_by_nccl() {
-    an_answer_outlives_a_worker("nccl").await;
+    an_answer_outlives_a_worker(&TENSOR_PARALLEL, "nccl", "NCCL").await;
+}
+
+#[tokio::test]
+async fn an_answer_outlives_a_stage_connected_by_nccl() {
+    an_answer_outlives_a_worker(&PIPELINE, "auto", "NCCL").await;
+}
+
+#[tokio::test]
+async fn an_answer_outlives_a_stage_connected_by_the_host() {
+    an_answer_outlives_a_worker(&PIPELINE, "host", "the host's memory").await;
 }
 
 /// A number of bytes as the line tells it, in MiB.

@@ -1,20 +1,19 @@
 //! Pipelines of stages: the answers of one rank, bit for bit, at any number of stages and any widths.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
 use comm::{
-    AbortHandle, GroupSpec, Listener, LocalTransport, MeshCollective, StageLink, local_group, local_pipeline,
+    AbortHandle, Collective, GroupSpec, HostLink, Listener, MeshCollective, Neighbours, TcpTransport,
+    Transport, local_group, local_pipeline,
 };
 use engine::{Epoch, Request, SamplingParams, Scheduler, SchedulerConfig, SeqSlice, StepPlan, Tokens};
 use kernels::{BLOCK_TOKENS, Cpu, DType};
 use model::{Executor, ModelOptions};
 use phalanx_tests::golden;
-use phalanx_tests::ranks::{logits, options, plan, slice};
-use phalanx_tests::stages::{LIMIT, Pipeline, Served, on_seats, serve};
+use phalanx_tests::ranks::{each_rank, logits, options, plan, slice};
+use phalanx_tests::stages::{Joined, LIMIT, Pipeline, Seat, Served, on_seats, serve};
 
 /// More than slots, of which the first has a prompt that is read in chunks beside answers.
 fn requests() -> Vec<Request> {
@@ -45,8 +44,11 @@ fn scheduler(stages: usize, steps_in_flight: u32, vocabulary: usize) -> Schedule
     Scheduler::new(config, Epoch::default())
 }
 
-fn cpu(transport: LocalTransport, ranges: &[Range<usize>]) -> Result<(Cpu, MeshCollective<LocalTransport>)> {
-    Ok((Cpu::new(1)?, MeshCollective::new(transport, ranges.to_vec())?))
+fn cpu<T: Transport>(
+    (transport, link): (T, HostLink),
+    ranges: &[Range<usize>],
+) -> Result<Joined<Cpu, MeshCollective<T>>> {
+    Ok((Cpu::new(1)?, MeshCollective::new(transport, ranges.to_vec())?, Box::new(link)))
 }
 
 /// The layers cut at these borders, each stage of its own width.
@@ -146,41 +148,41 @@ fn logits_are_the_same_bits() {
     }
 }
 
-/// Collectives and links of two stages that are processes, as a worker forms them.
+/// Connections of stages whose ranks are processes, as a worker forms them, by stage and rank.
+fn formed(widths: &[usize]) -> (Vec<TcpTransport>, Vec<Vec<Neighbours>>) {
+    let listener = |_| Listener::bind("127.0.0.1:0").expect("a port");
+    let listeners: Vec<Listener> = (0..widths.iter().sum()).map(listener).collect();
+    let mut addresses = listeners.iter().map(|it| it.address().to_string());
+    let stages: Vec<Vec<String>> =
+        widths.iter().map(|&width| addresses.by_ref().take(width).collect()).collect();
+    let secret = auth::Secret::random();
+    let seats =
+        widths.iter().enumerate().flat_map(|(stage, &width)| (0..width).map(move |rank| (stage, rank)));
+    let spec = |(stage, rank)| {
+        let (stages, secret) = (stages.clone(), secret.clone());
+        GroupSpec { group: "a".into(), epoch: (1, 1), stage, rank, stages, secret }
+    };
+    let specs: Vec<GroupSpec> = seats.map(spec).collect();
+    let formed =
+        each_rank(specs.into_iter().zip(&listeners).collect(), |(spec, listener): (_, &Listener)| {
+            Ok(listener.form(&spec, AbortHandle::default(), LIMIT)?)
+        });
+    let formed = formed.expect("a pipeline");
+    let (transports, mut neighbours): (Vec<_>, Vec<Neighbours>) = formed.into_iter().unzip();
+    (transports, widths.iter().map(|&width| neighbours.drain(..width).collect()).collect())
+}
+
 #[test]
 fn a_pipeline_over_tcp_gives_the_same_bits() {
-    let widths = [2, 3];
-    let pipeline = pipeline(5, &[2], &widths);
+    let pipeline = pipeline(5, &[2], &[2, 3]);
     let dir = golden::load("yi-nano").dir;
     let one = self::pipeline(5, &[], &[1]);
     let expected = on_cpus("yi-nano", &options(DType::F32), &one, requests()).answers;
-    let listeners: Vec<Listener> = (0..5).map(|_| Listener::bind("127.0.0.1:0").expect("a port")).collect();
-    let addresses: Vec<String> = listeners.iter().map(|it| it.address().to_string()).collect();
-    let secret = auth::Secret::random();
-    let seats = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)].map(|(stage, rank)| GroupSpec {
-        group: "a".into(),
-        epoch: (1, 1),
-        stage,
-        rank,
-        stages: vec![addresses[..2].to_vec(), addresses[2..].to_vec()],
-        secret: secret.clone(),
-    });
-    let formed: Vec<_> = thread::scope(|scope| {
-        let form = |(spec, listener): (GroupSpec, _)| {
-            let listener: &Listener = listener;
-            scope.spawn(move || listener.form(&spec, AbortHandle::default(), LIMIT).expect("a pipeline"))
-        };
-        let threads: Vec<_> = seats.into_iter().zip(&listeners).map(form).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
-    });
-    let (transports, mut links): (Vec<_>, Vec<StageLink>) = formed.into_iter().unzip();
-    let links = widths.iter().map(|&width| links.drain(..width).collect()).collect();
-    let transports = Mutex::new(transports);
-    let take = |width: usize| transports.lock().expect("one thread").drain(..width).collect();
-    let join = |transport, ranges: &[Range<usize>]| {
-        Ok((Cpu::new(1)?, MeshCollective::new(transport, ranges.to_vec())?))
+    let (mut transports, neighbours) = formed(&pipeline.widths);
+    let seats = pipeline.seats(neighbours, |width| transports.drain(..width).collect());
+    let join = |(transport, neighbours): (TcpTransport, Neighbours), ranges: &[Range<usize>]| {
+        cpu((transport, neighbours.by_host()?), ranges)
     };
-    let seats = pipeline.seats(links, take);
     let work = (scheduler(2, 1, 4608), requests());
     let found = serve(&dir, &options(DType::F32), seats, join, |_| Ok(()), work).expect("answers");
     assert!(found.answers == expected);
@@ -256,37 +258,61 @@ fn overlap() {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use comm::cuda::local_gpu_group;
-    use kernels::cuda::Store;
-    use kernels::{Cuda, CudaOptions};
+    use comm::CollectiveChoice;
+    use comm::cuda::{ConnectOptions, connect, connect_stages, local_gpu_group, staged_link};
+    use kernels::Cuda;
+    use kernels::cuda::{Buffer, Store};
+    use kernels::{Backend, CudaOptions};
 
     use super::*;
 
-    /// Serves on emulated GPUs, one for each stage, whose ranks share it; steps are recorded and replayed where they decode.
-    fn on_gpus(name: &str, pipeline: &Pipeline) -> Served {
+    fn open(ordinal: usize) -> Result<Cuda> {
+        let options = CudaOptions { ordinal, deterministic: true, ..CudaOptions::default() };
+        Ok(Cuda::with_kernels(options, &Store::none())?)
+    }
+
+    /// Serves on emulated GPUs; steps are recorded and replayed where they decode.
+    fn on_gpus<P: Send, C: Collective<Buffer>>(
+        name: &str,
+        stages: usize,
+        seats: Vec<Seat<P>>,
+        join: impl Fn(P, &[Range<usize>]) -> Result<Joined<Cuda, C>> + Sync,
+    ) -> Served {
         let dir = golden::load(name).dir;
         let vocabulary = model::Config::load(&dir).expect("config").shape.vocab;
+        let options = ModelOptions { steps_in_flight: 2, ..options(DType::Bf16) };
+        let work = (scheduler(stages, 2, vocabulary), requests());
+        serve(&dir, &options, seats, join, |gpu| Ok(gpu.wait()?), work).expect("answers")
+    }
+
+    /// One GPU for each stage, whose ranks share it; stages exchange by the host's memory.
+    fn by_host(name: &str, pipeline: &Pipeline) -> Served {
         let mut ordinals = 0..;
         let group = |width| {
             let ordinal = ordinals.next().expect("endless");
             local_gpu_group(width).into_iter().map(|seat| (ordinal, seat)).collect()
         };
         let seats = pipeline.seats(local_pipeline(&pipeline.widths).expect("stages"), group);
-        let work = (scheduler(pipeline.widths.len(), 2, vocabulary), requests());
-        serve(
-            &dir,
-            &ModelOptions { steps_in_flight: 2, ..options(DType::Bf16) },
-            seats,
-            |(ordinal, seat), ranges| {
-                let options = CudaOptions { ordinal, deterministic: true, ..CudaOptions::default() };
-                let gpu = Cuda::with_kernels(options, &Store::none())?;
-                let collective = seat.join(&gpu, ranges.to_vec(), AbortHandle::default(), LIMIT)?;
-                Ok((gpu, collective))
-            },
-            |gpu| Ok(gpu.synchronize()?),
-            work,
-        )
-        .expect("answers")
+        on_gpus(name, pipeline.widths.len(), seats, |((ordinal, seat), link), ranges| {
+            let gpu = open(ordinal)?;
+            let collective = seat.join(&gpu, ranges.to_vec(), AbortHandle::default(), LIMIT)?;
+            let link = staged_link(&gpu, link);
+            Ok((gpu, collective, link))
+        })
+    }
+
+    /// A GPU for each rank; they exchange by NCCL, within stages and between them.
+    fn by_nccl(name: &str, pipeline: &Pipeline) -> Served {
+        let (transports, neighbours) = formed(&pipeline.widths);
+        let mut transports = transports.into_iter().enumerate();
+        let seats = pipeline.seats(neighbours, |width| transports.by_ref().take(width).collect());
+        let options = ConnectOptions { choice: CollectiveChoice::Nccl, deterministic: true, limit: LIMIT };
+        on_gpus(name, pipeline.widths.len(), seats, |((ordinal, transport), neighbours), ranges| {
+            let gpu = open(ordinal)?;
+            let collective = connect(&gpu, transport, ranges.to_vec(), options)?;
+            let link = connect_stages(&gpu, neighbours, options)?;
+            Ok((gpu, collective, link))
+        })
     }
 
     #[test]
@@ -298,13 +324,25 @@ mod gpu {
             [("gqa7", &[1][..], vec![[1, 1], [2, 1], [1, 2]]), ("yi-nano", &[3], vec![[1, 2]])]
         {
             let layers = shape(name).0;
-            let one = on_gpus(name, &pipeline(layers, &[], &[1]));
+            let one = by_host(name, &pipeline(layers, &[], &[1]));
             // GPUs that leave work until somebody waits for it do not run while ranks meet on the host.
             let late = std::env::var("PHALANX_EMULATOR_LATE").is_ok_and(|late| late == "1");
-            for widths in widths.into_iter().filter(|widths| !late || *widths == [1, 1]) {
-                let found = on_gpus(name, &pipeline(layers, borders, &widths));
-                assert!(found.answers == one.answers, "{name}, {widths:?}: other bits than one GPU");
-                assert!(found.in_flight >= 2);
+            for widths in widths {
+                let pipeline = pipeline(layers, borders, &widths);
+                let mut found = Vec::new();
+                if !late || widths == [1, 1] {
+                    found.push(("host", by_host(name, &pipeline)));
+                }
+                if !late {
+                    found.push(("NCCL", by_nccl(name, &pipeline)));
+                }
+                for (way, found) in found {
+                    assert!(
+                        found.answers == one.answers,
+                        "{name}, {widths:?} by {way}: other bits than one GPU"
+                    );
+                    assert!(found.in_flight >= 2);
+                }
             }
         }
     }

@@ -35,7 +35,7 @@ pub(crate) struct ModelArgs {
     /// On GPUs: the same bits for any number of workers, batch and chunking (the CPU always keeps to that), at some cost in speed
     #[arg(long)]
     pub(crate) deterministic: bool,
-    /// On GPUs: how those of a group exchange: peer (memory that GPUs of one machine share), nccl, host (its memory and the network), or auto (the fastest that all can)
+    /// On GPUs: how those of a group exchange: peer (memory that GPUs of one machine share), nccl, host (its memory and the network), or auto (the fastest that all can). Stages exchange by NCCL with auto and nccl, else by the host
     #[arg(long, value_name = "WAY", default_value_t)]
     pub(crate) collective: CollectiveChoice,
     /// On GPUs: how weights are kept that the checkpoint has in 16 or 32 bits

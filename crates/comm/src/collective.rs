@@ -89,7 +89,11 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// The part of a collective that other threads may hold: frees every wait, and tells what this rank waits for.
 #[derive(Clone, Default)]
-pub struct AbortHandle(Arc<Abort>);
+pub struct AbortHandle {
+    shared: Arc<Abort>,
+    /// Number of the member that rank 0 is where this is used.
+    first: usize,
+}
 
 #[derive(Default)]
 struct Abort {
@@ -98,8 +102,6 @@ struct Abort {
     calls: AtomicU64,
     /// One more than the number of the member that is waited for; 0: none.
     waits_for: AtomicUsize,
-    /// Number of the first member of this rank's stage.
-    first: AtomicUsize,
 }
 
 /// Tells somebody who cannot look at the flag.
@@ -108,20 +110,20 @@ type Hook = Box<dyn Fn() + Send>;
 impl AbortHandle {
     /// Raises the flag; waits end with [`Error::Aborted`] within milliseconds.
     pub fn abort(&self) {
-        self.0.raised.store(true, Ordering::SeqCst);
+        self.shared.raised.store(true, Ordering::SeqCst);
         self.hooks().iter().for_each(|hook| hook());
     }
 
     /// Whether it was raised.
     pub fn is_aborted(&self) -> bool {
-        self.0.raised.load(Ordering::Relaxed)
+        self.shared.raised.load(Ordering::Relaxed)
     }
 
     /// Has `hook` called when the flag is raised, on the thread that does it, or at once if it was raised. It may be called more
     /// than once.
     pub fn on_abort(&self, hook: impl Fn() + Send + 'static) {
         let mut hooks = self.hooks();
-        if self.0.raised.load(Ordering::SeqCst) {
+        if self.shared.raised.load(Ordering::SeqCst) {
             hook();
         }
         hooks.push(Box::new(hook));
@@ -130,18 +132,18 @@ impl AbortHandle {
     /// Exchanges with other ranks that began so far, and whatever else [`AbortHandle::gets_on`] told of: it grows as long as this rank
     /// gets on.
     pub fn calls(&self) -> u64 {
-        self.0.calls.load(Ordering::Relaxed)
+        self.shared.calls.load(Ordering::Relaxed)
     }
 
     /// The member of the group without which this rank cannot go on, if it waits at the moment. Members are numbered through all
     /// stages, rank after rank ([`GroupSpec::number`](crate::GroupSpec::number)).
     pub fn waits_for(&self) -> Option<usize> {
-        self.0.waits_for.load(Ordering::Relaxed).checked_sub(1)
+        self.shared.waits_for.load(Ordering::Relaxed).checked_sub(1)
     }
 
     /// This rank gets on: a part of its weights was loaded, say.
     pub fn gets_on(&self) {
-        self.0.calls.fetch_add(1, Ordering::Relaxed);
+        self.shared.calls.fetch_add(1, Ordering::Relaxed);
     }
 
     /// An exchange begins.
@@ -149,23 +151,23 @@ impl AbortHandle {
         self.gets_on();
     }
 
-    /// From now on it waits for `rank` of its own stage, or for none.
+    /// From now on it waits for `rank`, of the ranks that this is used among, or for none.
     pub(crate) fn wait_for(&self, rank: Option<usize>) {
-        self.wait_for_member(rank.map(|rank| self.0.first.load(Ordering::Relaxed) + rank));
+        self.wait_for_member(rank.map(|rank| self.first + rank));
     }
 
     /// From now on it waits for this member of the group, or for none.
     pub(crate) fn wait_for_member(&self, number: Option<usize>) {
-        self.0.waits_for.store(number.map_or(0, |number| number + 1), Ordering::Relaxed);
+        self.shared.waits_for.store(number.map_or(0, |number| number + 1), Ordering::Relaxed);
     }
 
-    /// Says which member the first rank of this rank's stage is.
-    pub(crate) fn stage_begins(&self, first: usize) {
-        self.0.first.store(first, Ordering::Relaxed);
+    /// The same handle, to be used among ranks of which rank 0 is member `first`.
+    pub(crate) fn among(&self, first: usize) -> Self {
+        Self { shared: self.shared.clone(), first }
     }
 
     fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {
-        self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.hooks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,6 +7,7 @@
 mod agree;
 mod connect;
 mod direct;
+mod edge;
 mod guard;
 mod local_gpu;
 mod meeting;
@@ -14,7 +15,9 @@ mod offer;
 mod peers;
 mod post;
 mod staged;
+mod stages;
 
 pub use connect::{ConnectOptions, connect};
 pub use local_gpu::{LocalGpu, LocalGpuSeat, local_gpu_group};
 pub use staged::StagedCollective;
+pub use stages::{connect_stages, staged_link};

@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::collective::{AbortHandle, Error, Result};
 use crate::group::{GroupSpec, Member};
 use crate::handshake::{self, Channel, Failure};
-use crate::link::StageLink;
+use crate::link::Neighbours;
 use crate::tcp::TcpTransport;
 
 /// Whoever connects and takes longer than this to say who it is, is not of the group.
@@ -62,7 +62,7 @@ impl Listener {
         spec: &GroupSpec,
         abort: AbortHandle,
         limit: Duration,
-    ) -> Result<(TcpTransport, StageLink)> {
+    ) -> Result<(TcpTransport, Neighbours)> {
         connected(spec, form(self, spec, &abort, limit)?, abort)
     }
 }
@@ -72,11 +72,11 @@ pub(crate) fn connected(
     spec: &GroupSpec,
     mut streams: BTreeMap<Member, TcpStream>,
     abort: AbortHandle,
-) -> Result<(TcpTransport, StageLink)> {
+) -> Result<(TcpTransport, Neighbours)> {
     let ranks = 0..spec.width(spec.stage);
     let own = ranks.map(|rank| streams.remove(&Member { stage: spec.stage, rank })).collect();
-    let link = StageLink::tcp(spec, streams, abort.clone())?;
-    Ok((TcpTransport::new(spec.rank, own, abort), link))
+    let neighbours = Neighbours::new(spec, streams, abort.clone())?;
+    Ok((TcpTransport::new(spec.rank, own, abort.among(spec.number(spec.stage, 0))), neighbours))
 }
 
 /// The streams to all ranks that this one has to do with, non-blocking.
@@ -87,7 +87,6 @@ pub(crate) fn form(
     limit: Duration,
 ) -> Result<BTreeMap<Member, TcpStream>> {
     spec.check()?;
-    abort.stage_begins(spec.number(spec.stage, 0));
     let forming = Forming { spec, abort, deadline: Instant::now() + limit, over: AtomicBool::new(false) };
     thread::scope(|scope| {
         let result = forming.run(scope, &listener.listener);

@@ -26,7 +26,7 @@ pub use choice::CollectiveChoice;
 pub use collective::{AbortHandle, Collective, Error, Result};
 pub use form::Listener;
 pub use group::GroupSpec;
-pub use link::{StageLink, local_pipeline};
+pub use link::{Alone, HostLink, Neighbours, StageLink, local_pipeline};
 pub use local::{LocalTransport, local_group};
 pub use mesh::MeshCollective;
 pub use tamper::{WireFault, Wires};

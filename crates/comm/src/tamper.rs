@@ -11,7 +11,7 @@ use crate::collective::{AbortHandle, Error, Result};
 use crate::form::{Listener, connected, form};
 use crate::frame::{HEADER_BYTES, message_bytes};
 use crate::group::GroupSpec;
-use crate::link::StageLink;
+use crate::link::Neighbours;
 use crate::tcp::TcpTransport;
 
 /// What may happen to a wire.
@@ -97,7 +97,7 @@ impl Listener {
         spec: &GroupSpec,
         abort: AbortHandle,
         limit: Duration,
-    ) -> Result<(TcpTransport, StageLink)> {
+    ) -> Result<(TcpTransport, Neighbours)> {
         wires.state().streams.clear();
         let relayed = form(self, spec, &abort, limit)?.into_iter().map(|(member, stream)| {
             let lost = |source| spec.of(member, Error::Lost { rank: member.rank, source });

@@ -26,6 +26,19 @@ impl TcpTransport {
         Self { rank, streams, calls: 0, abort }
     }
 
+    /// Of one connection, as rank `rank` of two.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pair(rank: usize, stream: TcpStream, abort: AbortHandle) -> Self {
+        let streams = if rank == 0 { vec![None, Some(stream)] } else { vec![Some(stream), None] };
+        Self::new(rank, streams, abort)
+    }
+
+    /// That connection.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn into_stream(self) -> Option<TcpStream> {
+        self.streams.into_iter().flatten().next()
+    }
+
     fn stream(&self, rank: usize) -> Result<&TcpStream> {
         self.streams.get(rank).and_then(Option::as_ref).ok_or_else(|| Error::Shape {
             op: "exchange",

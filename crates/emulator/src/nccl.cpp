@@ -1,5 +1,6 @@
 // libnccl for the emulator: ranks are threads or processes of one machine, connected by Unix sockets. Enough to run what `kernels` asks of
-// it: non-blocking communicators, sends, receives and sums of f32 in groups, on the streams of the emulated driver. Unless streams run
+// it: non-blocking communicators, sends, receives and sums of f32 in groups, on the streams of the emulated driver. As with NCCL, long
+// messages meet: who sends one waits until it was received. Unless streams run
 // beside their callers, work waits on the thread that submits it, so a rank that waits for another cannot look up: its wait ends when the
 // other leaves or dies, or after PATIENCE.
 #include <sys/random.h>
@@ -53,6 +54,10 @@ struct Config {
 };
 
 using Message = std::vector<float>;
+// Messages of more elements meet. NCCL's own limit depends on how ranks are connected.
+const uint64_t MEETING = 1024;
+// Sent in place of a length: a message that meets was received.
+const uint64_t RECEIVED = ~0ull;
 
 bool read_all(int socket, void* bytes, size_t count) {
     return recv(socket, bytes, count, MSG_WAITALL) == static_cast<ssize_t>(count);
@@ -101,10 +106,11 @@ struct Links {
     std::vector<std::shared_ptr<Socket>> sockets;
     std::vector<bool> gone;
     std::vector<std::deque<Message>> under_way;  // by sender
+    std::vector<int> unmet;                      // by receiver: messages that it did not receive yet
     std::weak_ptr<Socket> listener;
     bool left = false;
 
-    Links(int own, int ranks) : rank(own), size(ranks), sockets(ranks), gone(ranks), under_way(ranks) {}
+    Links(int own, int ranks) : rank(own), size(ranks), sockets(ranks), gone(ranks), under_way(ranks), unmet(ranks) {}
 
     bool has_left() {
         std::lock_guard<std::mutex> lock(mutex);
@@ -125,6 +131,7 @@ struct Links {
         {
             std::lock_guard<std::mutex> lock(mutex);
             socket = sockets[to];
+            unmet[to] += message.size() > MEETING;
         }
         // To one who is gone it is lost, as it should be.
         uint64_t count = message.size();
@@ -143,7 +150,19 @@ struct Links {
         }
         *message = std::move(queue.front());
         queue.pop_front();
+        std::shared_ptr<Socket> socket = sockets[from];
+        lock.unlock();
+        if (socket != nullptr && message->size() > MEETING) {
+            write_all(socket->number, &RECEIVED, sizeof RECEIVED);
+        }
         return true;
+    }
+
+    // Waits until `to` has received what meets; false if it does not.
+    bool meet(int to) {
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait_for(lock, PATIENCE, [&] { return unmet[to] == 0 || gone[to] || left; });
+        return unmet[to] == 0;
     }
 
     void leave() {
@@ -171,6 +190,12 @@ struct Links {
         }
         uint64_t count;
         while (read_all(socket->number, &count, sizeof count)) {
+            if (count == RECEIVED) {
+                std::lock_guard<std::mutex> lock(mutex);
+                unmet[peer]--;
+                changed.notify_all();
+                continue;
+            }
             Message message(count);
             if (!read_all(socket->number, message.data(), count * sizeof(float))) {
                 break;
@@ -317,6 +342,12 @@ void run(const std::vector<Operation>& operations) {
         }
         if (operation.kind == Kind::Sum) {
             std::copy(sum.begin(), sum.end(), operation.target);
+        }
+    }
+    for (const Operation& operation : operations) {
+        Communicator& own = *operation.communicator;
+        if (operation.kind == Kind::Send && !own.links->meet(operation.peer)) {
+            return own.fail(REMOTE_ERROR);
         }
     }
 }

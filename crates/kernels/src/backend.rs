@@ -261,10 +261,10 @@ pub trait Backend {
     fn kv_block_bytes(&self, shape: KvShape) -> usize;
     /// Copies one row of an f32 buffer to the host, when all that was begun before has ended.
     fn read_row(&self, buffer: &Self::Buffer, row: usize) -> Result<Vec<f32>>;
-    /// Copies the first `out.len()` elements of an f32 buffer to the host, when all that was begun before has ended.
-    fn download(&self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<()>;
-    /// Overwrites the first elements of an f32 buffer, when all that was begun before has ended.
-    fn upload(&self, values: &[f32], buffer: &mut Self::Buffer) -> Result<()>;
+    /// Waits until all that was begun has ended.
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
     /// Bytes that a KV cache may take where the user sets no limit: on a device of its own all that is left, on one that it shares with
     /// other programs no more than `enough`.
     fn kv_budget(&self, enough: u64) -> Result<u64>;

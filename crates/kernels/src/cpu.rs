@@ -143,20 +143,6 @@ impl Backend for Cpu {
         Ok(buffer.f32s()[row * buffer.cols()..][..buffer.cols()].to_vec())
     }
 
-    fn download(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
-        shape::copy("download", buffer.dims(), out.len())?;
-        out.copy_from_slice(&buffer.f32s()[..out.len()]);
-        Ok(())
-    }
-
-    fn upload(&self, values: &[f32], buffer: &mut Buffer) -> Result<()> {
-        shape::copy("upload", buffer.dims(), values.len())?;
-        if let Some(elements) = buffer.as_f32_mut() {
-            elements[..values.len()].copy_from_slice(values);
-        }
-        Ok(())
-    }
-
     fn kv_budget(&self, enough: u64) -> Result<u64> {
         Ok(enough.min(memory::available() / KV_MEMORY_SHARE))
     }

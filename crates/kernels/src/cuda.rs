@@ -53,7 +53,7 @@ pub use self::mailbox::Mailbox;
 pub use self::matrix::Matrix;
 pub use self::modules::{CACHE_VARIABLE, KERNELS_VARIABLE, Loaded, Module, Origin, Store, load};
 pub use self::moment::Moment;
-pub use self::nccl::{Communicator, NcclId, nccl_version};
+pub use self::nccl::{Communicator, NcclId, Outbox, nccl_version};
 pub use self::nvrtc::{CompileError, Nvrtc, Version};
 pub use self::one_shot::{MAX_RANKS, OneShot};
 pub use self::report::MemoryReport;

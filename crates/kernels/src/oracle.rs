@@ -159,18 +159,6 @@ impl Backend for Oracle {
         Ok(buffer.row(row))
     }
 
-    fn download(&self, buffer: &OracleBuffer, out: &mut [f32]) -> Result<()> {
-        shape::copy("download", buffer.dims, out.len())?;
-        out.copy_from_slice(&buffer.data[..out.len()]);
-        Ok(())
-    }
-
-    fn upload(&self, values: &[f32], buffer: &mut OracleBuffer) -> Result<()> {
-        shape::copy("upload", buffer.dims, values.len())?;
-        buffer.data[..values.len()].copy_from_slice(values);
-        Ok(())
-    }
-
     fn kv_budget(&self, enough: u64) -> Result<u64> {
         Ok(enough.min(1 << 30))
     }

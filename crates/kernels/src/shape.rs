@@ -146,15 +146,6 @@ pub(crate) fn read_row(buffer: Dims, row: usize) -> Result<()> {
     Op("read_row").f32_matrix("buffer", buffer, row.saturating_add(1), buffer.cols)
 }
 
-/// [`crate::Backend::download`] and [`crate::Backend::upload`] of `len` elements.
-pub(crate) fn copy(op: &'static str, buffer: Dims, len: usize) -> Result<()> {
-    let op = Op(op);
-    op.f32_matrix("buffer", buffer, 0, buffer.cols)?;
-    op.require(len <= buffer.rows * buffer.cols, || {
-        format!("{len} elements of a buffer [{}, {}]", buffer.rows, buffer.cols)
-    })
-}
-
 /// [`crate::Backend::run`] of a backend that looks into the step before its ops do.
 #[cfg(feature = "cuda")]
 pub(crate) fn step(step: &Step, blocks: usize) -> Result<()> {

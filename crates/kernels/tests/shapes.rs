@@ -42,15 +42,6 @@ fn rejects_bad_sizes<B: Device>(b: &mut B) {
 
     let small = buffer(b, 2, 4);
     assert_shape(b.read_row(&small, 2));
-    let mut copied = buffer(b, 2, 4);
-    assert!(b.upload(&[1.0, -0.0, f32::MIN, 4.0, 5.0], &mut copied).is_ok());
-    let mut back = [7.0; 8];
-    assert!(b.download(&copied, &mut back[..6]).is_ok());
-    assert_eq!(back.map(f32::to_bits), [1.0, -0.0, f32::MIN, 4.0, 5.0, 0.0, 7.0, 7.0].map(f32::to_bits));
-    assert_shape(b.upload(&[0.0; 9], &mut copied));
-    assert_shape(b.download(&copied, &mut [0.0; 9]));
-    assert_shape(b.download(&b.buffer(DType::Bf16, 2, 4).unwrap(), &mut [0.0; 4]));
-    assert_shape(b.upload(&[0.0; 4], &mut b.buffer(DType::Bf16, 2, 4).unwrap()));
     assert_shape(b.read_row(&b.buffer(DType::Bf16, 2, 4).unwrap(), 0));
 
     let table = b.table(f32s(4, 4), 0, DType::F32).unwrap();

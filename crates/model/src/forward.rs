@@ -26,7 +26,7 @@ pub const SAMPLING_RANK: usize = 0;
 pub(crate) struct Model<B: Backend, C> {
     // Dropped first: other ranks must not wait for this one while it frees a device's memory.
     collective: C,
-    stage: Stage,
+    stage: Stage<B::Buffer>,
     backend: B,
     weights: Weights<B>,
     kv: B::KvCache,
@@ -97,7 +97,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     pub(crate) fn new(
         mut backend: B,
         collective: C,
-        stage: Stage,
+        mut stage: Stage<B::Buffer>,
         weights: Weights<B>,
         layout: &Layout<'_>,
         kv: impl FnOnce(&mut B) -> Result<B::KvCache>,
@@ -110,6 +110,9 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         };
         let size = layout.largest_step.map(padded);
         let activations = size.map(|size| Activations::allocate(&backend, &dims, size, last)).transpose()?;
+        if let Some(size) = size {
+            stage.link.reserve(size.rows * dims.hidden)?;
+        }
         let kv = kv(&mut backend)?;
         Ok(Self { collective, stage, backend, weights, kv, dims, activations })
     }
@@ -122,14 +125,10 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
     /// Begins a step: fills the KV cache for all its rows and, on the sampling rank, chooses tokens for its sampled rows; all ranks keep
     /// those that later steps may ask for. Steps before it may still run.
     pub(crate) fn begin(&mut self, step: &Step) -> Result<()> {
-        let rows = self.receive(step)?;
+        self.receive(step)?;
         self.collective.begin_step()?;
-        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
         let Self { collective, backend, weights, kv, dims, activations, .. } = self;
         let Some(a) = activations else { return Ok(()) };
-        if !rows.is_empty() {
-            backend.upload(&rows, &mut a.residual)?;
-        }
         backend.run(step, collective.can_be_recorded(), |backend| {
             forward(backend, collective, weights, kv, dims, a, step)?;
             choose(backend, collective, a, step)
@@ -137,24 +136,19 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
         self.send(step)
     }
 
-    /// The residual stream as the stage in front left it, before anything of the step begins here; empty in the first stage.
-    fn receive(&mut self, step: &Step) -> Result<Vec<f32>> {
-        if self.stage.is_first() {
-            return Ok(Vec::new());
-        }
-        let mut rows = vec![0.0; step.batch.rows() * self.dims.hidden];
-        self.stage.link.receive(&mut rows)?;
-        Ok(rows)
+    /// Makes room for a step and, behind the first stage, waits for the residual stream as the stage in front left it.
+    fn receive(&mut self, step: &Step) -> Result<()> {
+        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
+        let Some(a) = self.activations.as_mut().filter(|_| !self.stage.is_first()) else { return Ok(()) };
+        Ok(self.stage.link.receive(step.batch.rows() * self.dims.hidden, &mut a.residual)?)
     }
 
-    /// Hands the residual stream to the next stage.
+    /// Hands the residual stream to the next stage, when it is known to be a result.
     fn send(&mut self, step: &Step) -> Result<()> {
         let Some(a) = self.activations.as_ref().filter(|_| self.stage.link.sends()) else { return Ok(()) };
-        let mut rows = vec![0.0; step.batch.rows() * self.dims.hidden];
-        self.backend.download(&a.residual, &mut rows)?;
-        // The device was waited for: whether what it has is a result.
+        self.backend.wait()?;
         self.collective.check()?;
-        Ok(self.stage.link.send(rows)?)
+        Ok(self.stage.link.send(step.batch.rows() * self.dims.hidden, &a.residual)?)
     }
 
     /// The choices of the oldest step that began and was not asked about; nothing on ranks that do not sample.
@@ -176,13 +170,9 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
 
     /// Runs a step. On the sampling rank, returns for each sampled row the logits over the whole vocabulary; elsewhere nothing.
     pub(crate) fn logits(&mut self, step: &Step) -> Result<Vec<Vec<f32>>> {
-        let rows = self.receive(step)?;
-        self.reserve(StepSize { rows: step.rows, sampled: step.sampled_rows })?;
+        self.receive(step)?;
         let Self { collective, backend, weights, kv, dims, activations, .. } = self;
         let Some(a) = activations else { return Ok(Vec::new()) };
-        if !rows.is_empty() {
-            backend.upload(&rows, &mut a.residual)?;
-        }
         // These ops are not those of `begin`.
         backend.reset();
         backend.run(step, false, |backend| forward(backend, collective, weights, kv, dims, a, step))?;
@@ -211,6 +201,7 @@ impl<B: Backend, C: Collective<B::Buffer>> Model<B, C> {
             self.activations = None;
             self.activations =
                 Some(Activations::allocate(&self.backend, &self.dims, size, self.stage.is_last())?);
+            self.stage.link.reserve(size.rows * self.dims.hidden)?;
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ impl ModelSource {
     ///
     /// # Errors
     /// [`Error::Option`] where the stage cannot have these layers, or the rank no units.
-    pub fn share(&self, stage: &Stage, ranges: &[Range<usize>], rank: usize) -> Result<Share> {
+    pub fn share<T>(&self, stage: &Stage<T>, ranges: &[Range<usize>], rank: usize) -> Result<Share> {
         let shape = &self.config.shape;
         stage.check(shape.layers)?;
         let units = ranges
@@ -101,7 +101,7 @@ impl ModelSource {
     pub fn start<B: Backend, C: Collective<B::Buffer>>(
         &self,
         held: Held<B>,
-        stage: Stage,
+        stage: Stage<B::Buffer>,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {
@@ -152,7 +152,7 @@ impl ModelSource {
     pub fn stage_executor<B: Backend, C: Collective<B::Buffer>>(
         &self,
         backend: B,
-        stage: Stage,
+        stage: Stage<B::Buffer>,
         ranges: &[Range<usize>],
         collective: C,
     ) -> Result<ModelExecutor<B, C>> {

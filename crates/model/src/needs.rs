@@ -29,10 +29,10 @@ impl ModelSource {
         let (rows, sampled) = (backend.padded_rows(rows), backend.padded_rows(sampled));
         let heads = shape.group() * head;
         // As `forward::Activations` has them. A rank has a partial sum for each of its sub-trees: one or two, where units are shared
-        // out evenly.
+        // out evenly. One message to the next stage is under way.
         let of_unit = rows * ((heads + 2 * head) * f32 + 2 * heads * compute + ffn * (2 * f32 + compute))
             + sampled * vocab * f32;
-        let of_rank = rows * (hidden * (4 * f32 + compute) + head * f32)
+        let of_rank = rows * (hidden * (5 * f32 + compute) + head * f32)
             + sampled * (2 * hidden + shape.vocab + CHOSEN_COLS) * f32;
         let norms = (2 * shape.layers + 1) * hidden * f32;
 

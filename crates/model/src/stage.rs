@@ -2,23 +2,23 @@
 
 use std::ops::Range;
 
-use comm::StageLink;
+use comm::{Alone, StageLink};
 
 use crate::error::{Error, Result};
 
 /// The stage that a rank belongs to. The first one embeds, the last one has the final norm and the head, and samples.
-#[derive(Debug)]
-pub struct Stage {
+/// `B`: buffers of its device.
+pub struct Stage<B> {
     /// Its decoder layers.
     pub layers: Range<usize>,
     /// From the stage in front, and to the one behind.
-    pub link: StageLink,
+    pub link: Box<dyn StageLink<B>>,
 }
 
-impl Stage {
+impl<B> Stage<B> {
     /// The only one, of a model of so many layers.
     pub fn whole(layers: usize) -> Self {
-        Self { layers: 0..layers, link: StageLink::alone() }
+        Self { layers: 0..layers, link: Box::new(Alone) }
     }
 
     /// Fails unless these are layers of a model of `layers` layers such as this stage may have.
@@ -47,12 +47,13 @@ impl Stage {
 mod tests {
     use super::*;
     use comm::local_pipeline;
+    use kernels::{Backend, Cpu};
 
     #[test]
     fn only_the_first_and_the_last_stage_have_the_ends() {
         let allowed = |stage: usize, layers: Range<usize>| {
             let link = local_pipeline(&[1, 1, 1]).unwrap().swap_remove(stage).remove(0);
-            Stage { layers, link }.check(8)
+            Stage::<<Cpu as Backend>::Buffer> { layers, link: Box::new(link) }.check(8)
         };
         for (stage, layers) in [(0, 0..1), (1, 1..2), (2, 2..8)] {
             assert!(allowed(stage, layers).is_ok());
@@ -71,6 +72,6 @@ mod tests {
             let error = allowed(stage, layers.clone()).unwrap_err().to_string();
             assert!(error.starts_with(&format!("stage {stage} of 3 cannot have layers")), "{error}");
         }
-        assert!(Stage::whole(8).check(8).is_ok());
+        assert!(Stage::<()>::whole(8).check(8).is_ok());
     }
 }

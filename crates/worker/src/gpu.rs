@@ -25,7 +25,7 @@ pub(crate) async fn run(
 mod built_in {
     use cluster::doctor::Library;
     use cluster::{Assignment, Part};
-    use comm::cuda::{ConnectOptions, connect};
+    use comm::cuda::{ConnectOptions, connect, connect_stages};
     use comm::{AbortHandle, Collective};
     use kernels::Cuda;
     use kernels::cuda::Buffer;
@@ -76,7 +76,7 @@ mod built_in {
     impl Load for CudaLoad {
         type Connections = Connections;
         type Held = Held<Cuda>;
-        type Formed = (Box<dyn Collective<Buffer>>, Stage);
+        type Formed = (Box<dyn Collective<Buffer>>, Stage<Buffer>);
         type Executor = ModelExecutor<Cuda, Box<dyn Collective<Buffer>>>;
 
         fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
@@ -90,7 +90,7 @@ mod built_in {
         fn load(
             &self,
             assignment: &Assignment,
-            (transport, link): Connections,
+            (transport, neighbours): Connections,
             abort: &AbortHandle,
             held: &mut Self::Held,
         ) -> Result<(Self::Formed, Loaded), model::Error> {
@@ -100,8 +100,8 @@ mod built_in {
                 limit: FORM_LIMIT,
             };
             let collective = connect(held.backend(), transport, ranges(assignment), options)?;
+            let stage = stage(assignment, connect_stages(held.backend(), neighbours, options)?);
             info!(target: STAGE, "connected");
-            let stage = stage(assignment, link);
             let loaded = self.site.load(assignment, &stage, abort, held)?;
             Ok(((collective, stage), loaded))
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use auth::Secret;
 use cluster::{Assignment, ModelReport, Part, Resources, StageMembers};
-use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, StageLink, TcpTransport};
+use comm::{AbortHandle, GroupSpec, Listener, MeshCollective, Neighbours, StageLink, TcpTransport};
 use kernels::{Backend, Cpu};
 use model::{Executor, Held, Loaded, ModelExecutor, ModelSource, Share, Stage};
 use tracing::info;
@@ -59,7 +59,7 @@ pub(crate) trait Load: Send + Sync + 'static {
 }
 
 /// A rank's connections: with the others of its stage, and with the stages around.
-pub(crate) type Connections = (TcpTransport, StageLink);
+pub(crate) type Connections = (TcpTransport, Neighbours);
 
 /// A checkpoint and the port of this worker's collectives: what a worker has before it is given a share.
 pub(crate) struct Site {
@@ -132,7 +132,7 @@ impl Site {
     pub(crate) fn load<B: Backend>(
         &self,
         assignment: &Assignment,
-        stage: &Stage,
+        stage: &Stage<B::Buffer>,
         abort: &AbortHandle,
         held: &mut Held<B>,
     ) -> Result<Loaded, model::Error> {
@@ -186,7 +186,7 @@ fn resources(config: &WorkerConfig, backend: &impl Backend) -> Result<Resources,
 }
 
 /// The assigned stage, with its link to the stages around.
-pub(crate) fn stage(assignment: &Assignment, link: StageLink) -> Stage {
+pub(crate) fn stage<B>(assignment: &Assignment, link: Box<dyn StageLink<B>>) -> Stage<B> {
     Stage { layers: assignment.own_stage().layers.clone(), link }
 }
 
@@ -198,7 +198,7 @@ pub(crate) fn ranges(assignment: &Assignment) -> Vec<Range<usize>> {
 impl Load for CpuLoad {
     type Connections = Connections;
     type Held = Held<Cpu>;
-    type Formed = (MeshCollective<TcpTransport>, Stage);
+    type Formed = (MeshCollective<TcpTransport>, Stage<<Cpu as Backend>::Buffer>);
     type Executor = ModelExecutor<Cpu, MeshCollective<TcpTransport>>;
 
     fn connect(&self, assignment: &Assignment, abort: AbortHandle) -> Result<Connections, model::Error> {
@@ -212,13 +212,13 @@ impl Load for CpuLoad {
     fn load(
         &self,
         assignment: &Assignment,
-        (transport, link): Connections,
+        (transport, neighbours): Connections,
         abort: &AbortHandle,
         held: &mut Self::Held,
     ) -> Result<(Self::Formed, Loaded), model::Error> {
         let collective = MeshCollective::new(transport, ranges(assignment))?;
+        let stage = stage(assignment, Box::new(neighbours.by_host()?));
         info!(target: STAGE, "connected");
-        let stage = stage(assignment, link);
         let loaded = self.site.load(assignment, &stage, abort, held)?;
         Ok(((collective, stage), loaded))
     }

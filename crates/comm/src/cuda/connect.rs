@@ -3,20 +3,23 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use kernels::Cuda;
 use kernels::cuda::{Buffer, Communicator, NcclId, OneShot, nccl_version};
+use kernels::{Backend, Cuda, DType};
 use tracing::info;
 
 use super::agree::{Agreed, Obstacle, agree, tell};
 use super::direct::{DirectCollective, Ways};
 use super::guard::Guard;
-use super::offer::{Offer, from_hex, hex, wanted, without_nccl, without_peers};
+use super::offer::{Offer, Place, from_hex, hex, wanted, without_nccl, without_peers};
 use super::peers::{self, Berth};
 use super::staged::StagedCollective;
 use crate::choice::CollectiveChoice;
 use crate::collective::{Collective, Error, Result};
 use crate::ranges::Ranges;
 use crate::transport::Transport;
+
+/// Numbers of the first message by NCCL.
+const FIRST_MESSAGE: usize = 1024;
 
 /// How GPUs are to exchange.
 #[derive(Debug, Clone, Copy)]
@@ -49,10 +52,13 @@ pub fn connect<T: Transport + 'static>(
         return Ok(Box::new(StagedCollective::new(cuda, transport, ranges)?));
     }
     let mut guard = Guard::new(transport);
-    let (berth, offers) = offer(cuda, &mut guard.transport, options.choice)?;
-    let choice = wanted(&offers).map_err(|obstacle| unavailable(options.choice, obstacle))?;
-    let mut connecting =
-        Connecting { cuda, guard: &mut guard, offers: &offers, choice, limit: options.limit };
+    let berth = match options.choice {
+        CollectiveChoice::Auto | CollectiveChoice::Peer => Berth::new(cuda, guard.transport.rank()),
+        other => Err(not_asked(other)),
+    };
+    let place = berth.as_ref().map(Berth::place).map_err(Clone::clone);
+    let mut connecting = Connecting::begin(cuda, &mut guard, place, options)?;
+    let choice = connecting.choice;
     let peers = connecting.peers(berth)?;
     let nccl = connecting.nccl()?;
     let ways = Ways { peers, nccl };
@@ -69,46 +75,41 @@ pub fn connect<T: Transport + 'static>(
     Ok(Box::new(DirectCollective::new(cuda, guard, ways, checked, options.deterministic)))
 }
 
-/// Tells all ranks what this one has, and hears what they have.
-fn offer(
-    cuda: &Cuda,
-    transport: &mut impl Transport,
-    choice: CollectiveChoice,
-) -> Result<(std::result::Result<Berth, String>, Vec<Offer>)> {
-    let may_use = |way| [CollectiveChoice::Auto, way].contains(&choice);
-    let not_asked = || format!("it was started with --collective {choice}");
-    let berth = match may_use(CollectiveChoice::Peer) {
-        true => Berth::new(cuda, transport.rank()),
-        false => Err(not_asked()),
-    };
-    let nccl = match may_use(CollectiveChoice::Nccl) {
-        true => nccl_version().map_err(|error| error.to_string()),
-        false => Err(not_asked()),
-    };
-    let own = Offer {
-        wanted: choice,
-        gpu: cuda.uuid()?,
-        nccl,
-        place: berth.as_ref().map(Berth::place).map_err(Clone::clone),
-    };
-    let mut offers = Vec::with_capacity(transport.size());
-    for (rank, text) in tell(transport, &own.to_text())?.into_iter().enumerate() {
-        let what = || "what it has in words that this rank does not know".to_owned();
-        offers.push(Offer::from_text(&text).ok_or_else(|| Error::Protocol { rank, what: what() })?);
-    }
-    Ok((berth, offers))
-}
-
-struct Connecting<'a, T> {
+/// Ranks that know what all of them have.
+pub(super) struct Connecting<'a, T> {
     cuda: &'a Cuda,
     guard: &'a mut Guard<T>,
-    offers: &'a [Offer],
+    offers: Vec<Offer>,
     /// What the group was asked to use.
     choice: CollectiveChoice,
     limit: Duration,
 }
 
-impl<T: Transport> Connecting<'_, T> {
+impl<'a, T: Transport> Connecting<'a, T> {
+    /// Tells all ranks what this one has, `place` where its memory can be shared, and hears what they have.
+    pub(super) fn begin(
+        cuda: &'a Cuda,
+        guard: &'a mut Guard<T>,
+        place: std::result::Result<Place, String>,
+        options: ConnectOptions,
+    ) -> Result<Self> {
+        let wants = options.choice;
+        let nccl = match wants {
+            CollectiveChoice::Auto | CollectiveChoice::Nccl => {
+                nccl_version().map_err(|error| error.to_string())
+            }
+            other => Err(not_asked(other)),
+        };
+        let own = Offer { wanted: wants, gpu: cuda.uuid()?, nccl, place };
+        let mut offers = Vec::with_capacity(guard.transport.size());
+        for (rank, text) in tell(&mut guard.transport, &own.to_text())?.into_iter().enumerate() {
+            let what = || "what it has in words that this rank does not know".to_owned();
+            offers.push(Offer::from_text(&text).ok_or_else(|| Error::Protocol { rank, what: what() })?);
+        }
+        let choice = wanted(&offers).map_err(|obstacle| unavailable(wants, obstacle))?;
+        Ok(Self { cuda, guard, offers, choice, limit: options.limit })
+    }
+
     /// Shares memory, where that was asked for or left open.
     fn peers(&mut self, berth: std::result::Result<Berth, String>) -> Result<Option<OneShot>> {
         let asked = self.choice == CollectiveChoice::Peer;
@@ -116,7 +117,7 @@ impl<T: Transport> Connecting<'_, T> {
             return Ok(None);
         }
         let places: Vec<_> = self.offers.iter().filter_map(|offer| offer.place.clone().ok()).collect();
-        let connected = match (without_peers(self.offers), berth) {
+        let connected = match (without_peers(&self.offers), berth) {
             (Some(obstacle), _) => Err(obstacle),
             (None, Ok(berth)) => peers::connect(self.cuda, self.guard, berth, &places, self.limit)?,
             (None, Err(why)) => Err(Obstacle { rank: self.guard.transport.rank(), why }),
@@ -125,12 +126,12 @@ impl<T: Transport> Connecting<'_, T> {
     }
 
     /// Connects by NCCL, likewise.
-    fn nccl(&mut self) -> Result<Option<Communicator>> {
+    pub(super) fn nccl(&mut self) -> Result<Option<Communicator>> {
         let asked = self.choice == CollectiveChoice::Nccl;
         if !asked && self.choice != CollectiveChoice::Auto {
             return Ok(None);
         }
-        let connected = match without_nccl(self.offers) {
+        let connected = match without_nccl(&self.offers) {
             Some(obstacle) => Err(obstacle),
             None => self.connect_nccl()?,
         };
@@ -158,7 +159,22 @@ impl<T: Transport> Connecting<'_, T> {
         let (rank, size) = (self.guard.transport.rank(), self.guard.transport.size());
         let deadline = Instant::now() + self.limit;
         let mut go_on = || self.guard.trouble().is_ok() && Instant::now() < deadline;
-        Communicator::connect(self.cuda, id, rank, size, &mut go_on).map_err(|error| error.to_string())
+        let words = |error: kernels::Error| error.to_string();
+        let mut communicator = Communicator::connect(self.cuda, id, rank, size, &mut go_on).map_err(words)?;
+        let mut message = first_message(self.cuda, rank).map_err(words)?;
+        let heard = communicator
+            .broadcast(0, FIRST_MESSAGE, &mut message, &mut go_on)
+            .and_then(|()| communicator.wait(&mut go_on))
+            .and_then(|()| message.read(FIRST_MESSAGE));
+        match heard {
+            Ok(heard) if heard == numbers() => Ok(communicator),
+            Ok(_) => Err("a first message by NCCL came with other numbers than were sent".into()),
+            Err(error) => {
+                // Before the message's memory is freed, which waits for what uses it.
+                communicator.abort();
+                Err(words(error))
+            }
+        }
     }
 
     /// What is to be said of a way that is not open.
@@ -172,6 +188,24 @@ impl<T: Transport> Connecting<'_, T> {
             }
         }
     }
+}
+
+/// What rank 0 sends to all: NCCL connects two GPUs when they first have to do with each other, and a network that does not carry its
+/// messages shows here, where there is another way.
+fn first_message(cuda: &Cuda, rank: usize) -> kernels::Result<Buffer> {
+    let mut message = cuda.buffer(DType::F32, 1, FIRST_MESSAGE)?;
+    if rank == 0 {
+        message.write(&numbers())?;
+    }
+    Ok(message)
+}
+
+fn numbers() -> Vec<f32> {
+    (1..=FIRST_MESSAGE).map(|number| number as f32).collect()
+}
+
+fn not_asked(choice: CollectiveChoice) -> String {
+    format!("it was started with --collective {choice}")
 }
 
 fn unavailable(choice: CollectiveChoice, Obstacle { rank, why }: Obstacle) -> Error {

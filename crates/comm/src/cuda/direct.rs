@@ -111,8 +111,7 @@ impl<T: Transport> Group<T> {
         if let Err(error) = self.guard.trouble() {
             self.lose(error);
         } else if let Some(Err(error)) = self.ways.nccl.as_ref().map(Communicator::check) {
-            // The mesh may know which rank it is.
-            self.lose(self.guard.transport.check().err().unwrap_or(error.into()));
+            self.lose(self.guard.reason(error));
         }
     }
 
@@ -150,7 +149,10 @@ impl<T: Transport> Group<T> {
             .and_then(|()| ways.of(bytes))
             .and_then(|way| Ok(body(way, &mut || guard.trouble().is_ok())?));
         if let Err(error) = called {
-            let why = self.guard.trouble().err().unwrap_or(error);
+            let why = match error {
+                Error::Device(error) => self.guard.reason(error),
+                other => other,
+            };
             self.lose(why);
         }
         self.failure.take().map_or(Ok(()), Err)

@@ -1,5 +1,6 @@
 //! Looking after the other ranks while this thread waits for its GPU.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::collective::{Error, Result};
@@ -37,6 +38,24 @@ impl<T: Transport> Guard<T> {
         match self.transport.check() {
             Err(error) if self.gone.get_or_insert_with(Instant::now).elapsed() > GRACE => Err(error),
             _ => Ok(()),
+        }
+    }
+
+    /// Why a call failed of which this GPU or its library says `error`: mostly because a rank is gone, of which the library may know
+    /// sooner, but not which it was.
+    pub(super) fn reason(&self, error: kernels::Error) -> Error {
+        let until = Instant::now() + GRACE;
+        loop {
+            if self.transport.abort_handle().is_aborted() {
+                return Error::Aborted;
+            }
+            if let Err(gone) = self.transport.check() {
+                return gone;
+            }
+            if !matches!(error, kernels::Error::Device { .. }) || Instant::now() > until {
+                return error.into();
+            }
+            thread::sleep(LOOK);
         }
     }
 }

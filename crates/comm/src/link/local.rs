@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use super::{Inlet, Message, Outlet, StageLink, put, take};
+use super::host::{HostLink, Inlet, Message, Outlet, put, take};
 use crate::collective::{AbortHandle, Error, Result};
 use crate::group::{receivers, sender};
 
@@ -12,14 +12,14 @@ use crate::group::{receivers, sender};
 ///
 /// # Errors
 /// [`Error::Shape`] for a stage without ranks.
-pub fn local_pipeline(widths: &[usize]) -> Result<Vec<Vec<StageLink>>> {
+pub fn local_pipeline(widths: &[usize]) -> Result<Vec<Vec<HostLink>>> {
     if widths.contains(&0) {
         return Err(Error::Shape { op: "local_pipeline", detail: format!("stages of {widths:?} ranks") });
     }
     let stages = widths.len();
-    let link = |stage| StageLink::new(stage, stages, AbortHandle::default());
+    let link = |stage| HostLink::new(stage, stages, AbortHandle::default());
     let links = |(stage, &width): (usize, &usize)| (0..width).map(|_| link(stage)).collect();
-    let mut links: Vec<Vec<StageLink>> = widths.iter().enumerate().map(links).collect();
+    let mut links: Vec<Vec<HostLink>> = widths.iter().enumerate().map(links).collect();
     let mut first = 0;
     for (stage, pair) in widths.windows(2).enumerate() {
         let [width, next] = [pair[0], pair[1]];

@@ -1,54 +1,26 @@
 //! Stages as processes: a connection for each rank that receives, at whose sending end a thread writes, so that the sender can go on.
 
-use std::collections::BTreeMap;
-use std::io;
 use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Inlet, Message, Outlet, StageLink, put, take};
+use super::host::{Inlet, Message, Outlet, put, take};
 use crate::collective::{AbortHandle, Error, Result};
 use crate::frame::{Incoming, Outgoing};
-use crate::group::{GroupSpec, Member};
 use crate::patience::{Patience, SLEEP};
-
-impl StageLink {
-    /// Of the connections with neighbouring stages, non-blocking.
-    pub(crate) fn tcp(
-        spec: &GroupSpec,
-        mut streams: BTreeMap<Member, TcpStream>,
-        abort: AbortHandle,
-    ) -> Result<Self> {
-        let stages = spec.stages.len();
-        let mut link = Self::new(spec.stage, stages, abort.clone());
-        let mut connection = |member: Member| {
-            let missing = || Error::Lost { rank: member.rank, source: io::ErrorKind::NotConnected.into() };
-            streams.remove(&member).ok_or_else(|| missing().of_stage(member.stage))
-        };
-        if let Some(from) = spec.sender() {
-            let inlet = TcpInlet { rank: from.rank, stream: connection(from)? };
-            link.inlet = Some((spec.number(from.stage, from.rank), Box::new(inlet)));
-        }
-        for to in spec.receivers() {
-            let outlet = TcpOutlet::start(to.rank, connection(to)?, stages, abort.clone())?;
-            link.outlets.push((spec.number(to.stage, to.rank), Box::new(outlet)));
-        }
-        Ok(link)
-    }
-}
 
 /// From a rank of the stage before.
 #[derive(Debug)]
-struct TcpInlet {
-    rank: usize,
-    stream: TcpStream,
+pub(super) struct TcpInlet {
+    pub(super) rank: usize,
+    pub(super) stream: TcpStream,
 }
 
 /// To a rank of the next stage.
 #[derive(Debug)]
-struct TcpOutlet {
+pub(super) struct TcpOutlet {
     queue: SyncSender<Message>,
     /// Ends by abort or a broken connection, or, when this is dropped, after what is in the queue.
     writer: Option<JoinHandle<Result<()>>>,
@@ -66,7 +38,7 @@ impl Inlet for TcpInlet {
 
 impl TcpOutlet {
     /// At most `bound` messages wait for the one that is being written.
-    fn start(rank: usize, stream: TcpStream, bound: usize, abort: AbortHandle) -> Result<Self> {
+    pub(super) fn start(rank: usize, stream: TcpStream, bound: usize, abort: AbortHandle) -> Result<Self> {
         let (queue, inbox) = sync_channel(bound);
         let writer = thread::Builder::new()
             .name("stage link".into())

@@ -4,9 +4,9 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use comm::{AbortHandle, Error, StageLink, local_pipeline};
+use comm::{AbortHandle, Alone, Error, HostLink, StageLink, local_pipeline};
 
-use crate::groups::each_rank;
+use crate::groups::{Host, each_rank};
 use crate::pipelines::tcp_pipeline;
 
 /// More than sockets hold.
@@ -14,13 +14,13 @@ const LARGE: usize = 4 << 20;
 
 /// Links by stage and rank.
 trait Kind {
-    fn pipeline(widths: &[usize]) -> Vec<Vec<StageLink>>;
+    fn pipeline(widths: &[usize]) -> Vec<Vec<HostLink>>;
 }
 
 struct Local;
 
 impl Kind for Local {
-    fn pipeline(widths: &[usize]) -> Vec<Vec<StageLink>> {
+    fn pipeline(widths: &[usize]) -> Vec<Vec<HostLink>> {
         local_pipeline(widths).unwrap()
     }
 }
@@ -28,24 +28,24 @@ impl Kind for Local {
 struct Tcp;
 
 impl Kind for Tcp {
-    fn pipeline(widths: &[usize]) -> Vec<Vec<StageLink>> {
-        let links = tcp_pipeline(widths).into_iter().map(|(_, link)| link);
+    fn pipeline(widths: &[usize]) -> Vec<Vec<HostLink>> {
+        let links = tcp_pipeline(widths).into_iter().map(|(_, neighbours)| neighbours.by_host().unwrap());
         by_stage(widths, links.collect())
     }
 }
 
-fn by_stage(widths: &[usize], mut links: Vec<StageLink>) -> Vec<Vec<StageLink>> {
+fn by_stage(widths: &[usize], mut links: Vec<HostLink>) -> Vec<Vec<HostLink>> {
     widths.iter().map(|&width| links.drain(..width).collect()).collect()
 }
 
 /// Runs `body` for every rank of a pipeline, on a thread of its own.
-fn each_link<K: Kind, R: Send>(widths: &[usize], body: impl Fn(usize, StageLink) -> R + Sync) -> Vec<R> {
+fn each_link<K: Kind, R: Send>(widths: &[usize], body: impl Fn(usize, HostLink) -> R + Sync) -> Vec<R> {
     each_rank(K::pipeline(widths).into_iter().flatten().collect(), body)
 }
 
 /// One rank each of two stages.
-fn pair<K: Kind>() -> [StageLink; 2] {
-    let links: Vec<StageLink> = K::pipeline(&[1, 1]).into_iter().flatten().collect();
+fn pair<K: Kind>() -> [HostLink; 2] {
+    let links: Vec<HostLink> = K::pipeline(&[1, 1]).into_iter().flatten().collect();
     links.try_into().unwrap()
 }
 
@@ -63,13 +63,13 @@ fn passes_on<K: Kind>(widths: &[usize]) {
             let mut x = rows(message, len);
             if stage > 0 {
                 let mut received = vec![f32::NAN; len];
-                link.receive(&mut received).unwrap();
+                link.receive_rows(&mut received).unwrap();
                 x.iter_mut().for_each(|value| *value += stage as f32 - 1.0);
                 assert_eq!(received, x, "message {message} at stage {stage}");
                 x.iter_mut().for_each(|value| *value += 1.0);
             }
             assert!(link.sends() || widths.get(stage + 1).is_none_or(|next| *next < widths[stage]));
-            link.send(x).unwrap();
+            link.send_rows(x).unwrap();
         }
     });
 }
@@ -84,9 +84,9 @@ fn exchange_at_any_widths<K: Kind>() {
 fn bits_are_kept<K: Kind>() {
     let [mut first, mut second] = pair::<K>();
     let bits = [0x7fc0_1234, 0xffff_ffff, 0x8000_0000, 1, 0x7f80_0000];
-    first.send(bits.map(f32::from_bits).to_vec()).unwrap();
+    first.send_rows(bits.map(f32::from_bits).to_vec()).unwrap();
     let mut received = [0.0; 5];
-    second.receive(&mut received).unwrap();
+    second.receive_rows(&mut received).unwrap();
     assert_eq!(received.map(f32::to_bits), bits);
 }
 
@@ -94,11 +94,11 @@ fn bits_are_kept<K: Kind>() {
 fn a_slow_receiver_does_not_hold_up_the_sender<K: Kind>() {
     let [mut first, mut second] = pair::<K>();
     for message in 0..2 {
-        first.send(rows(message, LARGE)).unwrap();
+        first.send_rows(rows(message, LARGE)).unwrap();
     }
     let mut received = vec![0.0; LARGE];
     for message in 0..2 {
-        second.receive(&mut received).unwrap();
+        second.receive_rows(&mut received).unwrap();
         assert!(received == rows(message, LARGE));
     }
 }
@@ -126,8 +126,8 @@ fn abort_frees(abort: AbortHandle, member: usize, wait: impl FnOnce() -> Error +
 fn abort_frees_a_blocked_receiver<K: Kind>() {
     let [_first, mut second] = pair::<K>();
     abort_frees(second.abort_handle(), 0, || {
-        let error = second.receive(&mut [0.0]).unwrap_err();
-        assert!(matches!(second.receive(&mut [0.0]), Err(Error::Ended)), "a lost pipeline stays lost");
+        let error = second.receive_rows(&mut [0.0]).unwrap_err();
+        assert!(matches!(second.receive_rows(&mut [0.0]), Err(Error::Ended)), "a lost pipeline stays lost");
         error
     });
 }
@@ -135,8 +135,8 @@ fn abort_frees_a_blocked_receiver<K: Kind>() {
 fn abort_frees_a_blocked_sender<K: Kind>() {
     let [mut first, _second] = pair::<K>();
     abort_frees(first.abort_handle(), 1, || {
-        let error = (0..10).find_map(|message| first.send(rows(message, LARGE)).err()).unwrap();
-        assert!(matches!(first.send(Vec::new()), Err(Error::Ended)), "a lost pipeline stays lost");
+        let error = (0..10).find_map(|message| first.send_rows(rows(message, LARGE)).err()).unwrap();
+        assert!(matches!(first.send_rows(Vec::new()), Err(Error::Ended)), "a lost pipeline stays lost");
         error
     });
 }
@@ -150,7 +150,7 @@ fn names(error: &Error, stage: usize, rank: usize) {
 fn a_dead_sender_is_named<K: Kind>() {
     each_link::<K, _>(&[2, 3], |index, mut link| match index {
         1 => {}
-        3 => names(&link.receive(&mut [0.0]).unwrap_err(), 0, 1),
+        3 => names(&link.receive_rows(&mut [0.0]).unwrap_err(), 0, 1),
         _ => {}
     });
 }
@@ -158,19 +158,19 @@ fn a_dead_sender_is_named<K: Kind>() {
 /// What a rank sent before it ended still counts.
 fn a_dead_senders_messages_still_count<K: Kind>() {
     let [mut first, mut second] = pair::<K>();
-    first.send(rows(1, 100_000)).unwrap();
+    first.send_rows(rows(1, 100_000)).unwrap();
     drop(first);
     let mut received = vec![0.0; 100_000];
-    second.receive(&mut received).unwrap();
+    second.receive_rows(&mut received).unwrap();
     assert!(received == rows(1, 100_000));
-    names(&second.receive(&mut received).unwrap_err(), 0, 0);
+    names(&second.receive_rows(&mut received).unwrap_err(), 0, 0);
 }
 
 fn a_dead_receiver_is_named<K: Kind>() {
     let [mut first, second] = pair::<K>();
     drop(second);
     // The first ones may still find room on the way.
-    let error = (0..10).find_map(|message| first.send(rows(message, LARGE)).err()).unwrap();
+    let error = (0..10).find_map(|message| first.send_rows(rows(message, LARGE)).err()).unwrap();
     names(&error, 1, 0);
 }
 
@@ -183,16 +183,36 @@ fn is_refused(error: &Error) {
 fn other_lengths_are_refused<K: Kind>() {
     for len in [0, 5, 7, LARGE] {
         let [mut first, mut second] = pair::<K>();
-        first.send(rows(0, len)).unwrap();
-        is_refused(&second.receive(&mut [0.0; 6]).unwrap_err());
+        first.send_rows(rows(0, len)).unwrap();
+        is_refused(&second.receive_rows(&mut [0.0; 6]).unwrap_err());
     }
 }
 
 fn the_first_stage_receives_nothing<K: Kind>() {
     let [mut first, mut second] = pair::<K>();
-    assert!(matches!(first.receive(&mut []), Err(Error::Shape { .. })));
+    assert!(matches!(first.receive_rows(&mut []), Err(Error::Shape { .. })));
     assert!(!second.sends());
-    second.send(vec![1.0]).unwrap();
+    second.send_rows(vec![1.0]).unwrap();
+}
+
+/// Buffers that the host sees are sent as they are, and no more of them than was said.
+#[test]
+fn a_part_of_a_buffer_travels() {
+    let [mut first, mut second] = pair::<Local>();
+    let (mut long, short) = (Host(vec![9.0; 4]), Host(vec![1.0, 2.0]));
+    first.send(2, &short).unwrap();
+    second.receive(2, &mut long).unwrap();
+    assert_eq!(long.0, [1.0, 2.0, 9.0, 9.0]);
+    assert!(matches!(first.send(3, &short), Err(Error::Shape { .. })));
+    assert!(matches!(second.receive(5, &mut long), Err(Error::Shape { .. })));
+}
+
+#[test]
+fn the_only_stage_has_nobody_around() {
+    let mut alone: Box<dyn StageLink<Host>> = Box::new(Alone);
+    assert_eq!((alone.stage(), alone.stages(), alone.sends()), (0, 1, false));
+    alone.send(1, &Host(vec![1.0])).unwrap();
+    assert!(matches!(alone.receive(1, &mut Host(vec![0.0])), Err(Error::Shape { .. })));
 }
 
 macro_rules! suite {

@@ -9,6 +9,8 @@ mod device;
 mod forming;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod gpu_links;
 mod groups;
 mod links;
 mod pipelines;

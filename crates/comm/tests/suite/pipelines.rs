@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use auth::Secret;
-use comm::{AbortHandle, Error, GroupSpec, Listener, Result, StageLink, TcpTransport, Transport};
+use comm::{AbortHandle, Error, GroupSpec, Listener, Neighbours, Result, TcpTransport, Transport};
 use proptest::prelude::*;
 
 use crate::groups::{LONG, each_rank, listener};
@@ -39,14 +39,14 @@ fn specs(widths: &[usize], listeners: &[Listener]) -> Vec<GroupSpec> {
         .collect()
 }
 
-fn form_all(specs: Vec<GroupSpec>, listeners: &[Listener]) -> Vec<Result<(TcpTransport, StageLink)>> {
+fn form_all(specs: Vec<GroupSpec>, listeners: &[Listener]) -> Vec<Result<(TcpTransport, Neighbours)>> {
     each_rank(specs.into_iter().zip(listeners).collect(), |_, (spec, listener)| {
         listener.form(&spec, AbortHandle::default(), LONG)
     })
 }
 
 /// What every rank has of a pipeline of these widths, stage after stage.
-pub(crate) fn tcp_pipeline(widths: &[usize]) -> Vec<(TcpTransport, StageLink)> {
+pub(crate) fn tcp_pipeline(widths: &[usize]) -> Vec<(TcpTransport, Neighbours)> {
     let listeners: Vec<Listener> = (0..widths.iter().sum()).map(|_| listener()).collect();
     form_all(specs(widths, &listeners), &listeners).into_iter().collect::<Result<_>>().unwrap()
 }
@@ -54,11 +54,15 @@ pub(crate) fn tcp_pipeline(widths: &[usize]) -> Vec<(TcpTransport, StageLink)> {
 #[test]
 fn every_stage_has_a_collective_of_its_own() {
     let widths = [2, 1, 3];
-    let all = tcp_pipeline(&widths);
-    let mut ends = all.iter();
+    // All ends live until the last was asked: who drops his is lost to the others.
+    let ends: Vec<_> = tcp_pipeline(&widths)
+        .into_iter()
+        .map(|(transport, neighbours)| (transport, neighbours.by_host().unwrap()))
+        .collect();
+    let mut each = ends.iter();
     for (stage, width) in widths.iter().enumerate() {
         for rank in 0..*width {
-            let (transport, link) = ends.next().unwrap();
+            let (transport, link) = each.next().unwrap();
             assert_eq!((transport.rank(), transport.size()), (rank, *width));
             assert_eq!((link.stage(), link.stages()), (stage, 3));
             transport.check().unwrap();
@@ -143,9 +147,9 @@ fn spoilt(at: usize, mask: u8) -> Error {
     thread::scope(|scope| {
         scope.spawn(|| spoil(&proxy, &target, HANDSHAKE + at, mask));
         let ends = form_all(specs, &listeners).into_iter().collect::<Result<Vec<_>>>().unwrap();
-        let [(_, mut first), (_, mut second)] = <[_; 2]>::try_from(ends).unwrap();
-        first.send(vec![1.0; 8]).unwrap();
-        second.receive(&mut [0.0; 8]).unwrap_err()
+        let [(_, first), (_, second)] = <[_; 2]>::try_from(ends).unwrap();
+        first.by_host().unwrap().send_rows(vec![1.0; 8]).unwrap();
+        second.by_host().unwrap().receive_rows(&mut [0.0; 8]).unwrap_err()
     })
 }
 

@@ -100,14 +100,8 @@ impl Backend for Cuda {
         buffer.row(row)
     }
 
-    fn download(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
-        shape::copy("download", buffer.dims(), out.len())?;
-        buffer.read_into(out)
-    }
-
-    fn upload(&self, values: &[f32], buffer: &mut Buffer) -> Result<()> {
-        shape::copy("upload", buffer.dims(), values.len())?;
-        buffer.write(values)
+    fn wait(&self) -> Result<()> {
+        self.device.synchronize()
     }
 
     fn kv_budget(&self, _enough: u64) -> Result<u64> {

@@ -51,11 +51,6 @@ impl Buffer {
         self.read_from(0, len)
     }
 
-    /// Likewise, as many as `out` has.
-    pub(crate) fn read_into(&self, out: &mut [f32]) -> Result<()> {
-        self.memory.read(0, bytemuck::cast_slice_mut(out))
-    }
-
     /// Overwrites the first elements of an f32 buffer.
     pub fn write(&mut self, values: &[f32]) -> Result<()> {
         self.memory.write(0, bytemuck::cast_slice(values))

@@ -1,20 +1,24 @@
-//! Collectives over NCCL, on the stream that everything else runs on.
+//! Collectives over NCCL, on the stream that everything else runs on, and messages from one GPU to another.
 //!
 //! Communicators are non-blocking: a call that waits for other machines (connecting, the first use of a connection) returns at once and
 //! is asked about, so that this thread can give up. One thread drives a communicator, and aborts it.
 
 mod calls;
 mod library;
+mod outbox;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::ptr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::CudaEvent;
 use cudarc::driver::sys::CUstreamCaptureStatus;
+use cudarc::driver::{CudaEvent, CudaStream};
+
+pub use self::outbox::Outbox;
 
 use self::library::{Config, Handle, IN_PROGRESS, Nccl, RawId, SUCCESS, Status};
 use super::Cuda;
@@ -23,6 +27,8 @@ use super::memory::Memory;
 use super::record::Records;
 use crate::{Error, Result};
 
+/// What fails while nothing in particular is done.
+const RUNNING: &str = "running NCCL";
 /// Calls whose work may be ahead of the device. With more the driver's queue could fill, and this thread would wait in the driver,
 /// where it cannot give up.
 const AHEAD: usize = 16;
@@ -72,6 +78,8 @@ impl fmt::Debug for NcclId {
 pub struct Communicator {
     nccl: &'static Nccl,
     device: Rc<Device>,
+    /// What its calls run on.
+    stream: Arc<CudaStream>,
     /// Null once it was aborted.
     handle: Handle,
     rank: usize,
@@ -108,6 +116,7 @@ impl Communicator {
         device.bind()?;
         let mut communicator = Self {
             nccl,
+            stream: device.stream().clone(),
             device,
             handle: ptr::null_mut(),
             rank,
@@ -133,7 +142,16 @@ impl Communicator {
     /// # Errors
     /// [`Error::Device`] in its words.
     pub fn check(&self) -> Result<()> {
-        self.state("running NCCL").map(drop)
+        self.state(RUNNING).map(drop)
+    }
+
+    /// Waits until everything that was begun before has ended well.
+    ///
+    /// # Errors
+    /// [`Error::Device`] in NCCL's words, or where `go_on` said no.
+    pub fn wait(&self, go_on: &mut dyn FnMut() -> bool) -> Result<()> {
+        let ended = self.stream.record_event(None).map_err(|e| failed(RUNNING, e))?;
+        self.reach(&ended, go_on)
     }
 
     /// Ends everything that this communicator began, on the device too. What it was to give is not there.
@@ -159,8 +177,7 @@ impl Communicator {
     pub fn close(&mut self, go_on: &mut dyn FnMut() -> bool) {
         let limit = Instant::now() + LEAVE_LIMIT;
         let mut go_on = || Instant::now() < limit && go_on();
-        let ended = self.device.stream().record_event(None);
-        let ended = ended.map_err(|e| failed("leaving NCCL", e)).and_then(|e| self.reach(&e, &mut go_on));
+        let ended = self.wait(&mut go_on);
         if self.handle.is_null() {
             return;
         }
@@ -227,12 +244,12 @@ impl Communicator {
 
     /// Lets the device come near.
     fn stay_near(&mut self, go_on: &mut dyn FnMut() -> bool) -> Result<()> {
-        let stream = self.device.stream();
-        let status = stream.capture_status().map_err(|e| failed("running NCCL", e))?;
+        let stream = &self.stream;
+        let status = stream.capture_status().map_err(|e| failed(RUNNING, e))?;
         if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(());
         }
-        self.ahead.push_back(stream.record_event(None).map_err(|e| failed("running NCCL", e))?);
+        self.ahead.push_back(stream.record_event(None).map_err(|e| failed(RUNNING, e))?);
         if self.ahead.len() > AHEAD
             && let Some(event) = self.ahead.pop_front()
         {
@@ -243,11 +260,12 @@ impl Communicator {
 
     fn reach(&self, event: &CudaEvent, go_on: &mut dyn FnMut() -> bool) -> Result<()> {
         let mut wait = Wait::default();
-        while !event.try_is_complete().map_err(|e| failed("running NCCL", e))? {
+        while !event.try_is_complete().map_err(|e| failed(RUNNING, e))? {
             self.check()?;
-            wait.turn("running NCCL", go_on)?;
+            wait.turn(RUNNING, go_on)?;
         }
-        Ok(())
+        // What failed has ended too.
+        self.check()
     }
 }
 
@@ -257,6 +275,7 @@ impl Drop for Communicator {
         self.abort();
         self.records.borrow_mut().clear();
         let _ = self.device.synchronize();
+        let _ = self.stream.synchronize();
     }
 }
 

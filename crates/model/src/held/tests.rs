@@ -113,8 +113,11 @@ fn serve(source: &ModelSource, held: &mut Vec<Held<Cpu>>, Shape(stages): &Shape)
         let mut ranks = Vec::new();
         for ((layers, ranges), links) in stages.iter().zip(links) {
             for (transport, link) in local_group(ranges.len()).into_iter().zip(links) {
-                let (stage, held) = (Stage { layers: layers.clone(), link }, held.remove(0));
-                ranks.push(scope.spawn(|| rank(source, held, stage, ranges, transport)));
+                let held = held.remove(0);
+                ranks.push(scope.spawn(move || {
+                    let stage = Stage { layers: layers.clone(), link: Box::new(link) };
+                    rank(source, held, stage, ranges, transport)
+                }));
             }
         }
         let ended = ranks.into_iter().map(|rank| rank.join().unwrap());
@@ -128,7 +131,7 @@ fn serve(source: &ModelSource, held: &mut Vec<Held<Cpu>>, Shape(stages): &Shape)
 fn rank(
     source: &ModelSource,
     mut held: Held<Cpu>,
-    stage: Stage,
+    stage: Stage<<Cpu as Backend>::Buffer>,
     ranges: &[Range<usize>],
     transport: LocalTransport,
 ) -> (Held<Cpu>, Vec<f32>) {

@@ -1,4 +1,4 @@
-//! The collectives: what is sent to whom, and in what order it is added.
+//! The calls: what is sent to whom, and in what order it is added.
 
 use std::ops::Range;
 
@@ -36,7 +36,7 @@ impl Communicator {
         // SAFETY: the sizes were checked.
         unsafe { fold(&self.device, Parts::new(parts.into_iter()), program, outputs, len)? };
         self.group("adding by NCCL", go_on, |it| {
-            let stream = it.device.stream().cu_stream().cast();
+            let stream = it.stream.cu_stream().cast();
             // SAFETY: as many elements as were checked, in place.
             unsafe {
                 (it.nccl.functions.all_reduce)(out as _, out as _, len, FLOAT32, SUM, it.handle, stream)
@@ -177,6 +177,22 @@ impl Communicator {
         self.stay_near(go_on)
     }
 
+    /// Waits for what rank `from` sends: the first `len` elements of `out`, f32. All that was begun before has ended then.
+    ///
+    /// # Errors
+    /// As [`Communicator::all_reduce`].
+    pub fn receive(
+        &mut self,
+        from: usize,
+        len: usize,
+        out: &mut Buffer,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let out = out.floats("receive", &self.device, len)?;
+        self.exchange(&[Message::from(from, out, len)], go_on)?;
+        self.wait(go_on)
+    }
+
     fn addresses(&self, len: usize, partials: &[Partial<Buffer>], out: &Buffer) -> Result<(Vec<u64>, u64)> {
         const OP: &str = "tree_reduce";
         let parts = partials.iter().map(|partial| partial.sum.floats(OP, &self.device, len));
@@ -196,12 +212,12 @@ impl Communicator {
     }
 
     /// Begins all of these at once, so that they cannot block each other.
-    fn exchange(&mut self, messages: &[Message], go_on: &mut dyn FnMut() -> bool) -> Result<()> {
+    pub(super) fn exchange(&mut self, messages: &[Message], go_on: &mut dyn FnMut() -> bool) -> Result<()> {
         if messages.iter().all(|message| message.len == 0) {
             return Ok(());
         }
         self.group("exchanging by NCCL", go_on, |it| {
-            let stream = it.device.stream().cu_stream().cast();
+            let stream = it.stream.cu_stream().cast();
             let functions = &it.nccl.functions;
             for &Message { peer, address, len, sent } in messages.iter().filter(|message| message.len > 0) {
                 // SAFETY: the addresses hold as many elements until the device has ended this.
@@ -223,7 +239,7 @@ impl Communicator {
 }
 
 /// One part of an exchange.
-struct Message {
+pub(super) struct Message {
     peer: usize,
     address: u64,
     /// Elements.
@@ -232,7 +248,7 @@ struct Message {
 }
 
 impl Message {
-    fn to(peer: usize, address: u64, len: usize) -> Self {
+    pub(super) fn to(peer: usize, address: u64, len: usize) -> Self {
         Self { peer, address, len, sent: true }
     }
 
