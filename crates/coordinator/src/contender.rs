@@ -6,6 +6,7 @@ use std::time::Duration;
 use cluster::WORKER_MESSAGE_LIMIT;
 use cluster::proto::cluster_server::{Cluster, ClusterServer};
 use cluster::proto::{ClusterStatus, OperatorMessage, StepReply, WorkerMessage};
+use cluster::registry::Health;
 use cluster::registry::election::{Candidate, Election, Leadership};
 use cluster::registry::orders::{OrderBook, StandingOrders};
 use engine::Request;
@@ -39,6 +40,7 @@ enum Role {
 pub struct Contender {
     role: watch::Receiver<Role>,
     state: watch::Receiver<State>,
+    registry: watch::Receiver<Health>,
 }
 
 impl Contender {
@@ -52,9 +54,10 @@ impl Contender {
     ) -> (Self, ContenderService, JoinHandle<()>) {
         let (role_sender, role) = watch::channel(Role::Standby(None));
         let (state_sender, state) = watch::channel(State::Standby(None));
+        let registry = candidate.health();
         let contest = Contest { config, candidate, election, book, role: role_sender, state: state_sender };
         let task = tokio::spawn(contest.run(stop));
-        (Self { role: role.clone(), state }, ContenderService { role }, task)
+        (Self { role: role.clone(), state, registry }, ContenderService { role }, task)
     }
 
     /// Where the coordinator and its group stand, now and whenever it changes.
@@ -82,7 +85,10 @@ impl Engine for Contender {
     }
 
     async fn status(&self) -> Result<ClusterStatus, EngineError> {
-        self.leading()?.status().await
+        let mut status = self.leading()?.status().await?;
+        let away = Some(self.registry.borrow().clone()).filter(|health| *health != Health::Answers);
+        status.complaints.extend(away.map(|health| health.to_string()));
+        Ok(status)
     }
 
     async fn submit_under(

@@ -319,7 +319,8 @@ async fn the_leading_coordinator_is_killed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn etcd_is_away_while_a_rank_is_lost() {
-    const LEASE: Duration = Duration::from_secs(2);
+    /// Many times the lease.
+    const AWAY: Duration = Duration::from_secs(30);
     let _turn = turn().await;
     let Some(etcd) = Etcd::start() else { return };
     let args = ["--ranks", "2", "--min-ranks", "1", "--lease", "2", "--etcd", &etcd.url];
@@ -332,11 +333,23 @@ async fn etcd_is_away_while_a_rank_is_lost() {
     let lost = Instant::now();
     members.kill(members.ranks().await[1]);
     check("etcd away, a rank killed", running, lost, async || members.width(1).await).await;
+    let frozen =
+        |status: &ClusterStatus| status.complaints.iter().any(|it| it.contains("elections are frozen"));
+    members.until("word of etcd", frozen).await;
     // The lease is long over, and answers go on.
-    while away.elapsed() < 3 * LEASE {
+    while away.elapsed() < AWAY {
         answered("etcd away", streams(&members).await).await;
     }
+    let added = members.add();
+    members.width(2).await;
+    let mut running = streams(&members).await;
+    running.until(20).await;
+    let lost = Instant::now();
+    members.kill(added);
+    check("etcd away, a rank killed that had come meanwhile", running, lost, async || members.width(1).await)
+        .await;
     etcd.resume();
+    members.until("etcd back", |status| !frozen(status)).await;
     answered("etcd back", streams(&members).await).await;
     members.end();
 }

@@ -14,10 +14,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
-use super::{Lease, Registry, RegistryError};
+use super::{Health, Lease, Registry, RegistryError};
 use ballot::{Ballot, Ballots};
 pub use tenure::Leadership;
 
@@ -81,6 +82,11 @@ impl Candidate {
     /// A candidate that is reached at `addresses`. If it falls silent, another is elected after `ttl` and [`GRACE`].
     pub fn new(registry: Arc<dyn Registry>, addresses: Addresses, ttl: Duration) -> Self {
         Self { registry, id: format!("{:016x}", rand::random::<u64>()), addresses, ttl }
+    }
+
+    /// Whether the registry that elects answers.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.registry.health()
     }
 
     /// Waits until this candidate leads: for as long as another does, or the registry is away.
