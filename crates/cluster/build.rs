@@ -13,6 +13,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(files, [PROTO])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("phalanx.v1.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    let mut code = tonic_prost_build::configure().bytes(".");
+    // What is shown to people is shown to programs as it is.
+    let monitor = descriptors.file.iter().filter(|file| file.name().ends_with("/monitor.proto"));
+    for message in monitor.flat_map(|file| &file.message_type) {
+        let name = format!(".phalanx.v1.{}", message.name());
+        code = code.type_attribute(name, "#[derive(serde::Serialize)]");
+    }
+    code.compile_fds(descriptors)?;
     Ok(())
 }

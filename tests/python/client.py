@@ -164,6 +164,12 @@ class Checks:
         assert [t.id for t in by_text] == [t.id for t in by_ids]
         assert [t.text for t in by_text] == [t.text for t in by_ids]
 
+    def check_a_prompt_that_came_before_is_cached(self):
+        request = self.text_request(PROMPT * 60, max_tokens=1)
+        self.stream(request)
+        usage = self.stream(request)[2].usage
+        assert 0 < usage.cached_tokens < usage.prompt_tokens, usage
+
     def check_seeds_reproduce(self):
         def sampled(**seed):
             sampling = self.pb.SamplingOptions(temperature=1.0, top_p=0.95, **seed)

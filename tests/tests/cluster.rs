@@ -85,7 +85,9 @@ fn json_answers_are_the_same_bits_at_every_width() {
     assert_eq!(answer["prompt_token_ids"], serde_json::json!(greedy.prompt_ids));
     assert_eq!(answer["token_ids"], serde_json::json!(greedy.ids));
     assert_eq!(answer["finish_reason"], "length");
-    let usage = serde_json::json!({ "prompt_tokens": greedy.prompt_ids.len(), "completion_tokens": 64 });
+    let prompt_tokens = greedy.prompt_ids.len();
+    let usage =
+        serde_json::json!({ "prompt_tokens": prompt_tokens, "completion_tokens": 64, "cached_tokens": 0 });
     assert_eq!(answer["usage"], usage);
     assert!(answer["text"].as_str().is_some_and(readable), "{answer}");
     let logprobs = answer["logprobs"].as_array().expect("an array");
@@ -107,6 +109,17 @@ fn two_steps_in_flight_give_the_same_answer() {
     for width in ["1", "2", "3"] {
         assert_eq!(answer(width, "2"), expected, "{width} workers");
     }
+}
+
+#[test]
+fn a_prompt_that_came_before_is_cached() {
+    let (_server, address) = serve(&["--workers", "2"]);
+    let ids = join_ids(&(300..500).collect::<Vec<u32>>());
+    let cached = || {
+        let args = ["generate", "--server", &address, "--json", "--max-tokens", "2", "--prompt-ids", &ids];
+        json(PHALANX.run(args))["usage"]["cached_tokens"].as_u64()
+    };
+    assert_eq!([cached(), cached()], [Some(0), Some(192)], "whole blocks of it");
 }
 
 #[test]
@@ -139,11 +152,15 @@ fn ids(length: u32) -> Prompt {
     Prompt::TokenIds(TokenIds { ids: (0..length).map(|i| (i * 37 + length) % 4608).collect() })
 }
 
-/// Everything of an answer but the request's name.
+/// Everything of an answer but the request's name, and what others had computed of its prompt.
 async fn answer(client: &Client, request: GenerateRequest) -> Vec<Event> {
     let events = client.generate(request).await.expect("accepted");
     let event = |event: Result<Event, client::Error>| match event.expect("no error") {
         Event::Started(started) => Event::Started(client::Started { request_id: String::new(), ..started }),
+        Event::Finished(finished) => {
+            let usage = finished.usage.map(|usage| client::Usage { cached_tokens: 0, ..usage });
+            Event::Finished(client::Finished { usage, ..finished })
+        }
         event => event,
     };
     events.map(event).collect().await

@@ -106,8 +106,9 @@ pub(crate) fn tell_change(started: &Started) {
 fn summary(usage: Usage, prefill: std::time::Duration, decode: std::time::Duration) {
     let rate = f64::from(usage.completion_tokens.saturating_sub(1)) / decode.as_secs_f64().max(1e-9);
     eprintln!(
-        "[{} prompt tokens, first token after {:.0} ms, then {} at {rate:.1} tokens/s]",
+        "[{} prompt tokens, {} of them cached, first token after {:.0} ms, then {} at {rate:.1} tokens/s]",
         usage.prompt_tokens,
+        usage.cached_tokens,
         prefill.as_secs_f64() * 1e3,
         usage.completion_tokens,
     );
@@ -141,6 +142,7 @@ async fn print_json(client: &Client, request: GenerateRequest) -> Result<()> {
                     "usage": {
                         "prompt_tokens": usage.prompt_tokens,
                         "completion_tokens": usage.completion_tokens,
+                        "cached_tokens": usage.cached_tokens,
                     },
                     "seed": start.seed,
                     "fingerprint": start.fingerprint,

@@ -6,10 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use clap::Args;
-use client::{Client, ClusterStatus, GroupStatus, Incident, WorkerStatus};
+use client::{Client, ClusterStatus, Incident, WorkerStatus};
 use futures_util::StreamExt;
 use indicatif::HumanBytes;
-use serde_json::{Value, json};
 
 use crate::signals::Signals;
 
@@ -26,7 +25,7 @@ pub(crate) struct StatusArgs {
     /// Go on until Ctrl-C, once a second
     #[arg(long)]
     watch: bool,
-    /// Print JSON, one object a line
+    /// Print JSON, one object a line, with the fields of monitor.proto
     #[arg(long)]
     json: bool,
 }
@@ -54,7 +53,7 @@ impl StatusArgs {
     fn print(&self, status: &ClusterStatus) -> Result<()> {
         let mut out = std::io::stdout().lock();
         if self.json {
-            writeln!(out, "{}", to_json(status))?;
+            writeln!(out, "{}", serde_json::to_string(status)?)?;
         } else if self.watch && out.is_terminal() {
             write!(out, "{CLEAR}{}", text(status, SystemTime::now()))?;
         } else if self.watch {
@@ -162,87 +161,11 @@ fn history(incident: &Incident, now: SystemTime) -> String {
     )
 }
 
-fn to_json(status: &ClusterStatus) -> Value {
-    json!({
-        "serving": status.serving,
-        "state": status.state,
-        "policy": status.policy,
-        "running": status.running,
-        "waiting": status.waiting,
-        "groups": status.groups.iter().map(group_json).collect::<Vec<_>>(),
-        "spares": status.spares.iter().map(worker_json).collect::<Vec<_>>(),
-        "complaints": status.complaints,
-        "incidents": status.incidents.iter().map(incident_json).collect::<Vec<_>>(),
-    })
-}
-
-fn group_json(group: &GroupStatus) -> Value {
-    let ranks = group.ranks.iter().map(|rank| {
-        json!({
-            "stage": rank.stage,
-            "rank": rank.rank,
-            "layers": [rank.first_layer, rank.end_layer],
-            "units": [rank.first_unit, rank.end_unit],
-            "worker": rank.worker.as_ref().map(worker_json),
-        })
-    });
-    json!({
-        "number": group.number,
-        "model": group.model,
-        "fingerprint": group.fingerprint,
-        "epoch": { "term": group.term, "counter": group.counter },
-        "ranks": ranks.collect::<Vec<_>>(),
-        "kv": { "used": group.kv_blocks_used, "blocks": group.kv_blocks, "block_tokens": group.kv_block_tokens },
-        "tokens_per_second": group.tokens_per_second,
-        "rows_per_second": group.rows_per_second,
-    })
-}
-
-fn worker_json(worker: &WorkerStatus) -> Value {
-    json!({
-        "worker": worker.worker,
-        "address": worker.address,
-        "host": worker.host,
-        "zone": worker.zone,
-        "device": worker.device,
-        "memory": worker.memory,
-        "activity": worker.activity,
-        "heartbeat_ms": worker.heartbeat_millis,
-        "drained": worker.drained,
-        "held_bytes": worker.held_bytes,
-    })
-}
-
-fn incident_json(incident: &Incident) -> Value {
-    let millis = |micros: u64| micros as f64 / 1e3;
-    let losses = incident.losses.iter().map(|loss| {
-        json!({
-            "cause": loss.cause,
-            "worker": loss.worker,
-            "stage": loss.stage,
-            "rank": loss.rank,
-            "address": loss.address,
-        })
-    });
-    json!({
-        "at_ms": incident.at_millis,
-        "losses": losses.collect::<Vec<_>>(),
-        "ranks": [incident.ranks_before, incident.ranks_after],
-        "epochs": [incident.counter_before, incident.counter_after],
-        "detect_ms": millis(incident.detect_micros),
-        "form_ms": incident.form_micros.map(millis),
-        "load_ms": incident.load_micros.map(millis),
-        "recompute_ms": incident.recompute_micros.map(millis),
-        "group": incident.group,
-        "moved_requests": incident.moved_requests,
-        "loaded_bytes": incident.loaded_bytes,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use client::{Loss, RankStatus};
+    use client::{GroupStatus, Loss, RankStatus};
+    use serde_json::{Value, json};
 
     fn status() -> ClusterStatus {
         let worker = WorkerStatus {
@@ -325,13 +248,21 @@ mod tests {
 
     #[test]
     fn programs_read_everything() {
-        let json = to_json(&status());
-        assert_eq!(json["groups"][0]["ranks"][0]["worker"]["address"], "here:1");
-        assert_eq!(json["groups"][0]["ranks"][0]["units"], json!([0, 4]));
-        assert_eq!(json["spares"][0]["worker"], 3);
-        assert_eq!(json["complaints"][0], "worker here:1: MTU 1500");
-        assert_eq!(json["incidents"][0]["load_ms"], 70.0);
-        assert_eq!(json["incidents"][0]["recompute_ms"], Value::Null);
-        assert_eq!(json["incidents"][0]["losses"][0]["rank"], 1);
+        let status = serde_json::to_value(status()).unwrap();
+        let (group, incident) = (&status["groups"][0], &status["incidents"][0]);
+        let rank = &group["ranks"][0];
+        assert_eq!(rank["worker"]["address"], "here:1");
+        assert_eq!(rank["worker"]["heartbeat_millis"], 12);
+        assert_eq!([&rank["first_layer"], &rank["end_layer"]], [0, 5]);
+        assert_eq!([&rank["first_unit"], &rank["end_unit"]], [0, 4]);
+        assert_eq!([&group["term"], &group["counter"]], [9, 2]);
+        assert_eq!([&group["kv_blocks_used"], &group["kv_blocks"], &group["kv_block_tokens"]], [3, 10, 64]);
+        assert_eq!(status["spares"][0]["worker"], 3);
+        assert_eq!(status["complaints"], json!(["worker here:1: MTU 1500"]));
+        assert_eq!(incident["at_millis"], 1000);
+        assert_eq!([&incident["ranks_before"], &incident["ranks_after"]], [2, 1]);
+        assert_eq!([&incident["counter_before"], &incident["counter_after"]], [1, 2]);
+        assert_eq!([&incident["load_micros"], &incident["recompute_micros"]], [&json!(70_000), &Value::Null]);
+        assert_eq!(incident["losses"][0]["rank"], 1);
     }
 }

@@ -51,6 +51,8 @@ pub enum EngineEvent {
         id: u32,
         /// Natural logarithm of its probability.
         logprob: f32,
+        /// As [`Usage::cached_tokens`], for who ends the answer here.
+        cached_tokens: u32,
     },
     /// Tokens that follow are computed under another fingerprint, and may differ from those that would have come.
     Moved {

@@ -186,6 +186,12 @@ impl Scheduler {
         Ok(events)
     }
 
+    /// As [`crate::Usage::cached_tokens`], of a sequence that runs; else 0.
+    pub fn cached_tokens(&self, seq: SeqId) -> u32 {
+        let running = self.running.iter().find(|running| running.sequence.id == seq);
+        running.map_or(0, |running| running.sequence.usage().cached_tokens)
+    }
+
     /// The group was lost and stands again, in a later epoch and with these limits: everything that ran waits again, in
     /// its old order, and is recomputed with the tokens that it has. No event is repeated and none is missing. Nothing is cached.
     ///

@@ -106,7 +106,8 @@ impl Answer {
 
     fn take(&mut self, event: Option<EngineEvent>) -> Result<(), Status> {
         match event {
-            Some(EngineEvent::Token { id, logprob }) => {
+            Some(EngineEvent::Token { id, logprob, cached_tokens }) => {
+                self.usage.cached_tokens = cached_tokens;
                 self.token(id, logprob);
                 Ok(())
             }
@@ -153,8 +154,8 @@ impl Answer {
             FinishReason::Stop => proto::FinishReason::Stop,
             FinishReason::Length => proto::FinishReason::Length,
         };
-        let usage =
-            proto::Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens };
+        let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+        let usage = proto::Usage { prompt_tokens, completion_tokens, cached_tokens };
         self.ready.push_back(Event::Finished(proto::Finished {
             reason: reason.into(),
             text,

@@ -5,7 +5,7 @@ mod common;
 
 use cluster::proto::generate_request::Prompt;
 use cluster::proto::{self, FinishReason as Reason, Finished, GenerateRequest, Resume, SamplingOptions};
-use common::fake::{Gateway, Responses, finished, model, token};
+use common::fake::{CACHED, Gateway, Responses, finished, model, token};
 use common::nano;
 use coordinator::ModelInfo;
 use engine::FinishReason;
@@ -87,7 +87,13 @@ impl Script {
             assert_eq!(again.prompt_token_ids, PROMPT);
             assert_eq!((again.resumed_tokens, again.previous_fingerprint), (cut as u32, None));
             let (rest, ended) = match submitted {
-                None => (Vec::new(), responses.finished().await),
+                None => {
+                    let ended = responses.finished().await;
+                    let usage = ended.usage.unwrap();
+                    assert_eq!(usage.cached_tokens, 0, "nobody was asked");
+                    let usage = Some(proto::Usage { cached_tokens: CACHED, ..usage });
+                    (Vec::new(), Finished { usage, ..ended })
+                }
                 Some((resumed, engine)) => {
                     assert_eq!(resumed.resume.as_deref(), Some(&self.tokens[..cut]));
                     assert_eq!(engine::Request { resume: None, ..resumed }, asked);
@@ -109,7 +115,10 @@ async fn in_the_middle_of_characters_and_of_a_stop_string() {
     let (text, end) = script.cut_everywhere().await;
     assert_eq!(text + &end.text, "a光\nUs🏳");
     assert_eq!(end.reason(), Reason::Stop);
-    assert_eq!(end.usage, Some(proto::Usage { prompt_tokens: 2, completion_tokens: 16 }));
+    assert_eq!(
+        end.usage,
+        Some(proto::Usage { prompt_tokens: 2, completion_tokens: 16, cached_tokens: CACHED })
+    );
 }
 
 #[tokio::test]

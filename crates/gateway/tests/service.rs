@@ -7,7 +7,7 @@ use cluster::proto;
 use cluster::proto::generate_request::Prompt;
 use cluster::proto::monitor_client::MonitorClient;
 use cluster::proto::{FinishReason as Reason, GenerateRequest};
-use common::fake::{Gateway, Responses, finished, model, token};
+use common::fake::{CACHED, Gateway, Responses, finished, model, token};
 use common::nano;
 use coordinator::EngineError;
 use coordinator::EngineEvent;
@@ -75,7 +75,10 @@ async fn streams_an_answer() {
     engine.send(finished(FinishReason::Stop, 3, 9)).unwrap();
     let last = responses.finished().await;
     assert_eq!((last.reason(), last.text.as_str()), (Reason::Stop, ""));
-    assert_eq!(last.usage, Some(proto::Usage { prompt_tokens: 3, completion_tokens: 9 }));
+    assert_eq!(
+        last.usage,
+        Some(proto::Usage { prompt_tokens: 3, completion_tokens: 9, cached_tokens: CACHED })
+    );
 }
 
 #[tokio::test]
@@ -120,7 +123,10 @@ async fn a_stop_string_ends_the_answer_and_cancels_the_request() {
     engine.closed().await;
     let last = responses.finished().await;
     assert_eq!((last.reason(), last.text.as_str()), (Reason::Stop, ""));
-    assert_eq!(last.usage, Some(proto::Usage { prompt_tokens: 2, completion_tokens: 10 }));
+    assert_eq!(
+        last.usage,
+        Some(proto::Usage { prompt_tokens: 2, completion_tokens: 10, cached_tokens: CACHED })
+    );
 }
 
 #[tokio::test]

@@ -61,11 +61,18 @@ impl ClusterService {
             let examination = self.ask(|reply| Command::Examine { disturb, reply }).await?;
             return Ok(Down::Report(examination.run().await.into()));
         }
-        let done = self.ask(|reply| Command::Operate { order, reply }).await?;
-        Ok(Down::Done(match self.put_down().await {
-            Ok(()) => done,
-            Err(reason) => format!("{done}; a coordinator that takes over will not know of it: {reason}"),
-        }))
+        let done = self.ask(|reply| Command::Operate { order, reply }).await;
+        // Also where the order changed nothing: it may be given again because the registry did not answer the first time.
+        let Err(reason) = self.put_down().await else { return done.map(Down::Done) };
+        let told = |what: &str| {
+            format!(
+                "{what}; a coordinator that takes over may not know how things stand, so order it again: {reason}"
+            )
+        };
+        match done {
+            Ok(done) => Ok(Down::Done(told(&done))),
+            Err(refused) => Err(Status::new(refused.code(), told(refused.message()))),
+        }
     }
 
     /// Puts down all orders that stand, for whoever leads next.

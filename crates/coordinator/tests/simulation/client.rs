@@ -30,9 +30,11 @@ pub(crate) struct Client {
 /// An answer in the making.
 struct Answer {
     client: Client,
+    /// All tokens, those that are there among them.
     expected: Vec<u32>,
     tokens: Vec<u32>,
-    began: bool,
+    /// What tokens come under since the answer began.
+    fingerprint: Option<String>,
 }
 
 /// How a coordinator's part in an answer ended.
@@ -46,8 +48,7 @@ enum End {
 impl Client {
     /// Asks until the answer is there.
     pub(crate) async fn run(self) {
-        let expected = answer(&self.request, self.context);
-        let mut answer = Answer { client: self, expected, tokens: Vec::new(), began: false };
+        let mut answer = Answer { client: self, expected: Vec::new(), tokens: Vec::new(), fingerprint: None };
         let mut pause = FIRST_PAUSE;
         loop {
             for site in answer.client.coordinators.alive() {
@@ -68,21 +69,21 @@ impl Client {
 impl Answer {
     /// Has one coordinator give the rest of the answer, as far as it can.
     async fn ask(&mut self, site: &Site) -> End {
-        if self.tokens.len() == self.expected.len() {
+        let began = self.fingerprint.is_some();
+        if began && self.tokens.len() == self.expected.len() {
             // Only the last message is missing, which the gateway makes up.
             return self.done();
         }
-        let resume = self.began.then(|| self.tokens.clone());
+        let resume = began.then(|| self.tokens.clone());
         let request = Request { resume, ..self.client.request.clone() };
-        let Some(submission) = site.dead.run_until_cancelled(site.contender.submit(request)).await else {
-            return End::Lost;
-        };
+        let submission = site.contender.submit_under(request, self.fingerprint.clone());
+        let Some(submission) = site.dead.run_until_cancelled(submission).await else { return End::Lost };
         match submission {
             Ok(submission) => {
-                self.began = true;
+                self.goes_on_under(&submission.fingerprint);
                 site.dead.run_until_cancelled(self.follow(site, submission)).await.unwrap_or(End::Lost)
             }
-            Err(EngineError::Unavailable(reason)) if self.began && reason.contains("queue is full") => {
+            Err(EngineError::Unavailable(reason)) if began && reason.contains("queue is full") => {
                 self.wrong("an answer that began waits in the queue")
             }
             Err(EngineError::Unavailable(_) | EngineError::Standby(_)) => End::Lost,
@@ -106,6 +107,7 @@ impl Answer {
                     }
                     self.tokens.push(id);
                 }
+                Some(EngineEvent::Moved { fingerprint }) => self.goes_on_under(&fingerprint),
                 Some(EngineEvent::Finished { reason, usage }) => return self.finish(reason, usage),
                 Some(EngineEvent::Failed(EngineError::Unavailable(reason)))
                     if site.may_lose_lead.load(Ordering::Relaxed) =>
@@ -118,6 +120,15 @@ impl Answer {
                     return self.wrong(&format!("{other:?} after {after} tokens from {}", site.name));
                 }
             }
+        }
+    }
+
+    fn goes_on_under(&mut self, fingerprint: &str) {
+        if self.fingerprint.as_deref() != Some(fingerprint) {
+            let Client { number, request, context, journal, .. } = &self.client;
+            journal.note(format_args!("request {number} goes on under {fingerprint}"));
+            self.expected = answer(request, *context, &self.tokens, fingerprint);
+            self.fingerprint = Some(fingerprint.to_owned());
         }
     }
 

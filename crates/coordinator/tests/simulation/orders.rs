@@ -43,18 +43,34 @@ impl Wish {
             ),
         };
         // What was refused needs not be taken back.
-        if give(world, order).await {
+        let Answer { yes, unclear, .. } = give(world, order).await;
+        if yes || unclear {
             sleep(time).await;
-            // The policy of the beginning may have too few workers now, but not for ever.
-            while !give(world, back.clone()).await && matches!(back, Order::Scale { .. }) {
+            loop {
+                let Answer { yes, put_down, .. } = give(world, back.clone()).await;
+                // The policy of the beginning may have too few workers now, but not for ever.
+                if put_down && (yes || matches!(back, Order::Restore { .. })) {
+                    return;
+                }
                 sleep(PAUSE).await;
             }
         }
     }
 }
 
-/// Gives an order to whoever leads, until one says yes or no; whether it was yes.
-async fn give(world: &Arc<World>, order: Order) -> bool {
+/// What came of an order.
+struct Answer {
+    yes: bool,
+    /// Somebody else did not answer, and may have carried it out.
+    unclear: bool,
+    /// Whoever leads next knows how things stand.
+    put_down: bool,
+}
+
+/// Gives an order to whoever leads, until one says yes or no.
+async fn give(world: &Arc<World>, order: Order) -> Answer {
+    let put_down = |said: &str| !said.contains("may not know how things stand");
+    let mut unclear = false;
     loop {
         if let Some(leader) = world.coordinators.leader()
             && let Some(service) =
@@ -63,13 +79,13 @@ async fn give(world: &Arc<World>, order: Order) -> bool {
             match operate(service, world.secret(), &order).await {
                 Ok(done) => {
                     world.journal.note(format_args!("{done}"));
-                    return true;
+                    return Answer { yes: true, unclear, put_down: put_down(&done) };
                 }
                 Err(status) if status.code() == Code::FailedPrecondition => {
                     world.journal.note(format_args!("refused: {}", status.message()));
-                    return false;
+                    return Answer { yes: false, unclear, put_down: put_down(status.message()) };
                 }
-                Err(_) => {}
+                Err(_) => unclear = true,
             }
         }
         sleep(PAUSE).await;

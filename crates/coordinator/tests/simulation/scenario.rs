@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use auth::Secret;
+use cluster::proto::GroupStatus;
 use cluster::{ModelReport, Policy, Resources, Shape};
 use coordinator::CoordinatorConfig;
 use engine::{MemoryNeeds, Request, SamplingParams};
@@ -20,6 +21,8 @@ use crate::worker::model::{VOCABULARY, answer};
 pub(crate) const CONTEXT: u32 = 48;
 const BLOCK_SIZE: u32 = 4;
 const LAYERS: u32 = 4;
+/// What the workers' bits depend on: most have the first, and in some runs others the second.
+const FINGERPRINTS: [&str; 2] = ["this", "that"];
 /// Bytes of a unit in a layer.
 const LAYER_UNIT: u64 = 100;
 /// Requests come, and faults begin, within this time.
@@ -45,6 +48,7 @@ pub(crate) struct Scenario {
 pub(crate) struct WorkerPlan {
     pub(crate) starts: Duration,
     pub(crate) latency: Duration,
+    pub(crate) fingerprint: &'static str,
     /// Units for which it has memory.
     pub(crate) fitting: u32,
     pub(crate) limits: Limits,
@@ -63,7 +67,7 @@ impl Scenario {
         Chance(StdRng::seed_from_u64(seed)).scenario()
     }
 
-    pub(crate) fn report(&self) -> ModelReport {
+    pub(crate) fn report(&self, worker: &WorkerPlan) -> ModelReport {
         ModelReport {
             name: "simulated".into(),
             vocabulary: VOCABULARY,
@@ -71,7 +75,7 @@ impl Scenario {
             units: self.units,
             block_size: BLOCK_SIZE,
             eos: vec![],
-            fingerprint: "simulated".into(),
+            fingerprint: worker.fingerprint.into(),
             needs: MemoryNeeds { layers: LAYERS, layer_unit: LAYER_UNIT, ..MemoryNeeds::default() },
         }
     }
@@ -88,11 +92,12 @@ impl Scenario {
         }
     }
 
-    /// Whether a group of so many ranks is as wide as can be when all workers are there; several share them as they like.
-    pub(crate) fn is_full_width(&self, ranks: usize) -> bool {
+    /// Whether a group is as wide as can be when all workers are there; several share them as they like.
+    pub(crate) fn is_full_width(&self, group: &GroupStatus) -> bool {
         let (_, most) = self.policy.shape.widths(self.units as usize);
         let (_, stages) = self.policy.shape.stages();
-        self.policy.replicas > 1 || stages > 1 || ranks == most.min(self.workers.len())
+        let alike = self.workers.iter().filter(|worker| worker.fingerprint == group.fingerprint).count();
+        self.policy.replicas > 1 || stages > 1 || group.ranks.len() == most.min(alike)
     }
 }
 
@@ -120,14 +125,17 @@ impl Chance {
     fn scenario(mut self) -> Scenario {
         let workers = self.0.random_range(1..=6);
         let units: u32 = [2, 4, 8][self.0.random_range(0..3)];
-        let stages = if self.often(0.4) { self.0.random_range(1..=workers.min(3)) } else { 1 };
-        let ranks = self.0.random_range(1..=(workers / stages).min(units as usize));
+        // Others may form groups too, but need not suffice for one.
+        let others = if workers > 1 && self.often(0.36) { self.0.random_range(1..workers) } else { 0 };
+        let alike = workers - others;
+        let stages = if self.often(0.4) { self.0.random_range(1..=alike.min(3)) } else { 1 };
+        let ranks = self.0.random_range(1..=(alike / stages).min(units as usize));
         let min_ranks = self.0.random_range(1..=ranks);
         let auto = self.often(0.3);
         let shape =
             if auto { Shape::Auto { max_stages: stages } } else { Shape::Fixed { stages, ranks, min_ranks } };
         // All together have room for the model, or each by itself.
-        let needed = if auto { workers } else { ranks } as u32;
+        let needed = if auto { alike } else { ranks } as u32;
         let fitting = if self.often(0.3) { units.div_ceil(needed) } else { units };
         let mut faults: Vec<_> = (0..self.0.random_range(0..=10)).map(|_| self.fault(workers)).collect();
         let replicas = if self.often(0.4) { self.0.random_range(2..=3) } else { 1 };
@@ -144,13 +152,15 @@ impl Chance {
             max_waiting,
             progress_timeout: self.millis(2000..10_000),
             units,
-            workers: (0..workers).map(|_| self.worker(fitting)).collect(),
+            workers: (0..workers)
+                .map(|at| self.worker(FINGERPRINTS[usize::from(at >= alike)], fitting))
+                .collect(),
             requests: (0..self.0.random_range(1..=24)).map(|_| self.request()).collect(),
             faults,
         }
     }
 
-    fn worker(&mut self, fitting: u32) -> WorkerPlan {
+    fn worker(&mut self, fingerprint: &'static str, fitting: u32) -> WorkerPlan {
         let limits = Limits {
             block_size: BLOCK_SIZE,
             // One context fits.
@@ -165,7 +175,7 @@ impl Chance {
             row: Duration::from_micros(self.0.random_range(0..1000)),
         };
         let starts = if self.often(0.8) { self.millis(0..1500) } else { self.millis(0..EVENTFUL) };
-        WorkerPlan { starts, latency: self.millis(0..8), fitting, limits, pace }
+        WorkerPlan { starts, latency: self.millis(0..8), fingerprint, fitting, limits, pace }
     }
 
     fn request(&mut self) -> RequestPlan {
@@ -178,7 +188,7 @@ impl Chance {
         let max_tokens = self.0.random_range(1..=40);
         let mut request = Request { prompt, max_tokens, sampling, stop_ids: vec![], resume: None };
         if self.often(0.2) {
-            let answer = answer(&request, CONTEXT);
+            let answer = answer(&request, CONTEXT, &[], FINGERPRINTS[0]);
             request.stop_ids.push(answer[self.0.random_range(0..answer.len())]);
         }
         let hangs_up_after = self.often(0.15).then(|| self.0.random_range(0..20));

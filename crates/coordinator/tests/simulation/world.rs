@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use auth::Secret;
-use cluster::proto::ClusterStatus;
+use cluster::proto::{ClusterStatus, GroupStatus};
 use cluster::registry::election::Election;
 use cluster::registry::{ClusterName, MemoryRegistry};
 use coordinator::Engine;
@@ -148,7 +148,7 @@ impl World {
                 && status.serving
                 && status.running + status.waiting == 0
                 && status.groups.iter().all(|group| group.kv_blocks_used == 0)
-                && status.groups.first().is_some_and(|group| self.scenario.is_full_width(group.ranks.len()))
+                && status.groups.first().is_some_and(|group| self.scenario.is_full_width(group))
             {
                 return;
             }
@@ -159,6 +159,9 @@ impl World {
     /// Looks at what every coordinator says of itself.
     async fn glance(&self) {
         for status in self.statuses().await {
+            if let Some(group) = status.groups.iter().find(|group| !self.is_of_one_kind(group)) {
+                self.journal.violation(format_args!("a rank of another fingerprint: {group:?}"));
+            }
             let mut workers: Vec<u64> = status.spares.iter().map(|spare| spare.worker).collect();
             for group in &status.groups {
                 if group.kv_blocks_used > group.kv_blocks {
@@ -172,6 +175,15 @@ impl World {
                 self.journal.violation(format_args!("a worker or a group too many: {status:?}"));
             }
         }
+    }
+
+    /// Whether all ranks have the group's fingerprint.
+    fn is_of_one_kind(&self, group: &GroupStatus) -> bool {
+        let members = group.ranks.iter().filter_map(|rank| rank.worker.as_ref());
+        members.map(|worker| &worker.address).all(|address| {
+            let plan = (0..).zip(&self.scenario.workers).find(|(at, _)| Self::address(*at) == *address);
+            plan.is_some_and(|(_, plan)| plan.fingerprint == group.fingerprint)
+        })
     }
 
     /// What those say that lead, or think so.
@@ -208,7 +220,7 @@ impl World {
         let process = Worker {
             address: Self::address(worker),
             secret: self.secret.clone(),
-            report: self.scenario.report(),
+            report: self.scenario.report(plan),
             resources: plan.resources(),
             limits: plan.limits,
             pace: plan.pace,

@@ -135,7 +135,8 @@ async fn answers_are_whole(handle: &CoordinatorHandle) {
     let mut submissions = Vec::new();
     for number in 0..50 {
         let request = request(number, 20);
-        submissions.push((answer(&request, CONTEXT), handle.submit(request).await.expect("it is taken")));
+        let submission = handle.submit(request.clone()).await.expect("it is taken");
+        submissions.push((answer(&request, CONTEXT, &[], &submission.fingerprint), submission));
     }
     for (expected, mut submission) in submissions {
         let mut tokens = Vec::new();

@@ -99,6 +99,9 @@ impl Gateway {
     }
 }
 
+/// Tokens of any prompt that the engine says it had in its cache.
+pub(crate) const CACHED: u32 = 1;
+
 /// The client's end of an answer.
 pub(crate) struct Responses(pub(crate) Streaming<GenerateResponse>);
 
@@ -139,10 +142,10 @@ pub(crate) fn model() -> ModelInfo {
 }
 
 pub(crate) fn token(id: u32) -> EngineEvent {
-    EngineEvent::Token { id, logprob: -0.5 }
+    EngineEvent::Token { id, logprob: -0.5, cached_tokens: CACHED }
 }
 
 pub(crate) fn finished(reason: FinishReason, prompt_tokens: u32, completion_tokens: u32) -> EngineEvent {
-    let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0 };
+    let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: CACHED };
     EngineEvent::Finished { reason, usage }
 }

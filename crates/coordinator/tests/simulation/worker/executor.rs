@@ -22,6 +22,8 @@ pub(crate) struct Limits {
 #[derive(Debug)]
 pub(crate) struct Executor {
     limits: Limits,
+    /// What every sequence begins with.
+    empty: Prefix,
     next: StepId,
     /// By block and offset.
     kv: HashMap<(u32, u32), Entry>,
@@ -45,8 +47,9 @@ struct Sampled {
 }
 
 impl Executor {
-    pub(crate) fn new(limits: Limits) -> Self {
-        Self { limits, next: StepId(0), kv: HashMap::new(), sampled: HashMap::new() }
+    pub(crate) fn new(limits: Limits, fingerprint: &str) -> Self {
+        let empty = Prefix::under(fingerprint);
+        Self { limits, empty, next: StepId(0), kv: HashMap::new(), sampled: HashMap::new() }
     }
 
     /// Runs a plan; an error is what no right coordinator plans.
@@ -115,7 +118,7 @@ impl Executor {
 
     /// What the first `count` tokens of a sequence come to: attention reads all of them.
     fn prefix(&self, slice: &SeqSlice, count: u32) -> Result<Prefix, String> {
-        (0..count).try_fold(Prefix::EMPTY, |prefix, position| {
+        (0..count).try_fold(self.empty, |prefix, position| {
             let entry = self.kv.get(&self.place(slice, position)?);
             let whole =
                 |entry: &&Entry| entry.position == position && entry.prefix == prefix.with(entry.token);

@@ -1,4 +1,4 @@
-//! The model of the simulation: the next token is a function of the tokens so far, the sampling, and the position.
+//! The model of the simulation: the next token is a function of the fingerprint, the tokens so far, the sampling, and the position.
 
 use engine::{Request, SamplingParams};
 
@@ -9,8 +9,10 @@ pub(crate) const VOCABULARY: u32 = 500;
 pub(crate) struct Prefix(u64);
 
 impl Prefix {
-    /// No tokens.
-    pub(crate) const EMPTY: Self = Self(0x9E37_79B9_7F4A_7C15);
+    /// No tokens yet.
+    pub(crate) fn under(fingerprint: &str) -> Self {
+        Self(fingerprint.bytes().fold(0x9E37_79B9_7F4A_7C15, |hash, byte| mix(hash ^ u64::from(byte))))
+    }
 
     /// With another token.
     pub(crate) fn with(self, token: u32) -> Self {
@@ -31,14 +33,17 @@ pub(crate) fn mix(x: u64) -> u64 {
     (x ^ (x >> 31)).wrapping_add(0x9E37_79B9_7F4A_7C15)
 }
 
-/// What a request is answered if nothing goes wrong, in a context of so many tokens.
-pub(crate) fn answer(request: &Request, context: u32) -> Vec<u32> {
-    let mut prefix = request.prompt.iter().fold(Prefix::EMPTY, |prefix, token| prefix.with(*token));
+/// What a request is answered if nothing goes wrong, in a context of so many tokens: after those of `before`, what comes under a
+/// fingerprint.
+pub(crate) fn answer(request: &Request, context: u32, before: &[u32], fingerprint: &str) -> Vec<u32> {
+    let empty = Prefix::under(fingerprint);
+    let mut prefix = request.prompt.iter().fold(empty, |prefix, token| prefix.with(*token));
     let mut answer: Vec<u32> = Vec::new();
     let prompt = request.prompt.len() as u32;
     let most = request.max_tokens.min(context.saturating_sub(prompt));
     for position in prompt..prompt + most {
-        let token = prefix.next(request.sampling, position);
+        let token =
+            before.get(answer.len()).copied().unwrap_or_else(|| prefix.next(request.sampling, position));
         prefix = prefix.with(token);
         answer.push(token);
         if request.stop_ids.contains(&token) {

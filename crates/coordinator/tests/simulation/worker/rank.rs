@@ -122,7 +122,7 @@ impl Running {
         }
         self.vitals.change(|progress| progress.activity = Activity::Idle);
         self.tell(News::Ready);
-        let mut executor = Executor::new(self.worker.limits);
+        let mut executor = Executor::new(self.worker.limits, &self.worker.report.fingerprint);
         while let Some(Some(plan)) = abort.run_until_cancelled(plans.recv()).await {
             match self.step(&mut executor, &plan, &abort).await {
                 Some(Ok(tokens)) => self.tell(News::Ran(self.output(&plan, tokens))),
