@@ -81,7 +81,7 @@ fn drive(
         let output = outputs.recv_timeout(LIMIT).context("no output")?;
         in_flight -= 1;
         for event in scheduler.apply(&output)? {
-            if let Event::Token { seq, id, logprob } = event {
+            if let Event::Token { seq, id, logprob, .. } = event {
                 answers.entry(seq).or_default().push((id, logprob.to_bits()));
             }
         }

@@ -54,13 +54,11 @@ impl Requests {
         self.open.values_mut().for_each(|request| request.goes_on_under(fingerprint));
     }
 
-    /// Tells a request what happened to it, and of how many of its prompt's tokens were cached. That nobody listens any more is seen by
-    /// `hung_up`.
-    pub(crate) fn deliver(&mut self, event: Event, cached: &BTreeMap<SeqId, u32>) {
+    /// Tells a request what happened to it. That nobody listens any more is seen by `hung_up`.
+    pub(crate) fn deliver(&mut self, event: Event) {
         match event {
-            Event::Token { seq, id, logprob } => {
+            Event::Token { seq, id, logprob, cached_tokens } => {
                 if let Some(request) = self.open.get(&seq) {
-                    let cached_tokens = cached.get(&seq).copied().unwrap_or_default();
                     let _ = request.events.send(EngineEvent::Token { id, logprob, cached_tokens });
                 }
             }

@@ -74,6 +74,8 @@ pub enum Event {
         id: u32,
         /// Natural logarithm of its probability.
         logprob: f32,
+        /// As [`Usage::cached_tokens`]: who ends the answer at this token hears of no usage.
+        cached_tokens: u32,
     },
     /// The sequence ended; nothing follows, and its blocks are free.
     Finished {

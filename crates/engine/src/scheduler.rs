@@ -186,12 +186,6 @@ impl Scheduler {
         Ok(events)
     }
 
-    /// As [`crate::Usage::cached_tokens`], of a sequence that runs; else 0.
-    pub fn cached_tokens(&self, seq: SeqId) -> u32 {
-        let running = self.running.iter().find(|running| running.sequence.id == seq);
-        running.map_or(0, |running| running.sequence.usage().cached_tokens)
-    }
-
     /// The group was lost and stands again, in a later epoch and with these limits: everything that ran waits again, in
     /// its old order, and is recomputed with the tokens that it has. No event is repeated and none is missing. Nothing is cached.
     ///
@@ -324,9 +318,10 @@ fn slots(config: &SchedulerConfig) -> Vec<SlotId> {
 fn advance(sequence: &mut Sequence, token: &SampledToken, events: &mut Vec<Event>) -> bool {
     let SampledToken { seq, id, logprob } = *token;
     let reason = sequence.push(id);
-    events.push(Event::Token { seq, id, logprob });
+    let usage = sequence.usage();
+    events.push(Event::Token { seq, id, logprob, cached_tokens: usage.cached_tokens });
     if let Some(reason) = reason {
-        events.push(Event::Finished { seq, reason, usage: sequence.usage() });
+        events.push(Event::Finished { seq, reason, usage });
     }
     reason.is_some()
 }

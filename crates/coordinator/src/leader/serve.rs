@@ -1,10 +1,8 @@
 //! Requests on their way through the groups: which group they go to, the steps that run them, and where they go on when it is lost.
 
-use std::collections::BTreeMap;
-
 use cluster::proto::StepFrame;
 use cluster::{WorkerId, encode_plan};
-use engine::{AdmitError, Epoch, Load, Request, SampledToken, Scheduler, SeqId, StepOutput, StepPlan};
+use engine::{AdmitError, Epoch, Load, Request, Scheduler, SeqId, StepOutput, StepPlan};
 use tracing::{debug, debug_span, info};
 
 use super::{Leader, tend};
@@ -191,9 +189,6 @@ impl Leader {
             return self.fail(worker, epoch, "sent an output, but another rank samples", None);
         }
         let Some(replica) = self.replicas.get_mut(&group) else { return };
-        // Of a sequence that ends with this output the scheduler knows nothing afterwards.
-        let cached = |token: &SampledToken| (token.seq, replica.scheduler.cached_tokens(token.seq));
-        let cached: BTreeMap<SeqId, u32> = output.tokens.iter().map(cached).collect();
         match replica.scheduler.apply(output) {
             Ok(events) => {
                 let applied = replica.steps.pop_front_if(|step| step.id == output.step);
@@ -202,7 +197,7 @@ impl Leader {
                 }
                 self.applied(group, output.step, &events);
                 if let Some(replica) = self.replicas.get_mut(&group) {
-                    events.into_iter().for_each(|event| replica.requests.deliver(event, &cached));
+                    events.into_iter().for_each(|event| replica.requests.deliver(event));
                 }
             }
             Err(error) => self.fail(worker, epoch, &error.to_string(), None),
