@@ -1,81 +1,22 @@
 //! The coordinator with fake workers over real gRPC: serving, refusals, and the loss of workers.
 
-mod fake;
-
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use auth::Secret;
 use cluster::proto::ClusterStatus;
 use cluster::{PROTOCOL, Policy, Shape, Shortage};
-use coordinator::{
-    Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineError, EngineEvent, State, Submission,
-};
-use engine::{FinishReason, Request, SamplingParams, SeqId, StepPlan, Tokens, Usage};
-use fake::{Fake, continuation};
-use tokio::net::TcpListener;
+use coordinator::{CoordinatorConfig, Engine, EngineError, EngineEvent, State, Submission};
+use engine::{FinishReason, Request, SeqId, StepPlan, Tokens, Usage};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use tonic::transport::Server;
+
+use crate::fake::{Fake, VOCABULARY, continuation};
+use crate::harness::{Cluster, request};
 
 const PROMPT: &[u32] = &[11, 22, 33, 44, 55];
 
-struct Cluster {
-    handle: CoordinatorHandle,
-    address: SocketAddr,
-    secret: Secret,
-}
-
-impl Cluster {
-    async fn start(width: usize) -> Self {
-        Self::start_with(width, |_| {}).await
-    }
-
-    async fn start_with(width: usize, change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
-        let secret = Secret::random();
-        let mut config = CoordinatorConfig::new(width, secret.clone());
-        change(&mut config);
-        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("an address");
-        let server = Server::builder().add_service(service.into_server());
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { handle, address, secret }
-    }
-
-    /// A worker that behaves; its port is its name.
-    fn fake(&self, port: u16) -> Fake {
-        Fake::new(&self.secret, &format!("127.0.0.1:{port}"))
-    }
-
-    async fn until(&self, wanted: impl Fn(&State) -> bool) -> State {
-        let mut state = self.handle.state();
-        state.wait_for(wanted).await.expect("the coordinator runs").clone()
-    }
-
-    async fn serving(&self) {
-        self.until(|state| matches!(state, State::Serving(_))).await;
-    }
-
-    async fn submit(&self, prompt: &[u32], max_tokens: u32) -> Submission {
-        self.handle.submit(request(prompt, max_tokens)).await.expect("it is served")
-    }
-}
-
 fn waiting(joined: usize, wanted: usize) -> State {
     State::Waiting(Shortage::Workers { joined, wanted })
-}
-
-fn request(prompt: &[u32], max_tokens: u32) -> Request {
-    Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling: SamplingParams::GREEDY,
-        stop_ids: vec![],
-        resume: None,
-    }
 }
 
 async fn token(submission: &mut Submission) -> u32 {
@@ -103,7 +44,7 @@ async fn tokens(submission: &mut Submission) -> Vec<u32> {
 
 #[tokio::test]
 async fn requests_are_served_by_all_ranks() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, |_| {}).await;
     let (sender, mut plans) = mpsc::unbounded_channel();
     let _first = cluster.fake(1).start(cluster.address);
     cluster.until(|state| *state == waiting(1, 2)).await;
@@ -128,7 +69,7 @@ async fn requests_are_served_by_all_ranks() {
 
 #[tokio::test]
 async fn usage_counts_both_sides() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let _worker = cluster.fake(1).start(cluster.address);
     cluster.serving().await;
     let mut submission = cluster.submit(PROMPT, 1).await;
@@ -140,7 +81,7 @@ async fn usage_counts_both_sides() {
 
 #[tokio::test]
 async fn dropping_a_submission_cancels_it() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let (sender, mut plans) = mpsc::unbounded_channel();
     // All steps after the third wait for the group to be replaced: nothing ends before it is dropped.
     let _worker = Fake { plans: Some(sender), hold_from: Some(3), ..cluster.fake(1) }.start(cluster.address);
@@ -161,7 +102,7 @@ async fn dropping_a_submission_cancels_it() {
 
 #[tokio::test]
 async fn a_wrong_secret_is_refused() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let stranger = Fake { secret: Secret::random(), ..cluster.fake(1) };
     let end = stranger.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::Unauthenticated);
@@ -171,7 +112,7 @@ async fn a_wrong_secret_is_refused() {
 
 #[tokio::test]
 async fn another_protocol_is_refused_naming_both() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let end = Fake { protocol: 99, ..cluster.fake(1) }.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::FailedPrecondition);
     let expected = format!(
@@ -182,7 +123,7 @@ async fn another_protocol_is_refused_naming_both() {
 
 #[tokio::test]
 async fn another_model_is_refused_by_name() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, |_| {}).await;
     let _first = cluster.fake(1).start(cluster.address);
     cluster.until(|state| *state == waiting(1, 2)).await;
     let mut other = cluster.fake(2);
@@ -194,7 +135,7 @@ async fn another_model_is_refused_by_name() {
 
 #[tokio::test]
 async fn the_next_step_is_sent_before_the_last_is_answered() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, |_| {}).await;
     let (sender, mut plans) = mpsc::unbounded_channel();
     let ahead = |port| Fake { steps_in_flight: 3, ..cluster.fake(port) };
     let _first = Fake { plans: Some(sender), hold_from: Some(0), ..ahead(1) }.start(cluster.address);
@@ -212,7 +153,7 @@ async fn the_next_step_is_sent_before_the_last_is_answered() {
 #[tokio::test]
 async fn answers_do_not_depend_on_the_steps_in_flight() {
     for steps_in_flight in 1..=3 {
-        let cluster = Cluster::start_with(2, |config| config.max_batch_tokens = Some(8)).await;
+        let cluster = Cluster::start(2, |config| config.max_batch_tokens = Some(8)).await;
         let ahead = |port| Fake { steps_in_flight, ..cluster.fake(port) };
         let _workers = [ahead(1).start(cluster.address), ahead(2).start(cluster.address)];
         cluster.serving().await;
@@ -237,7 +178,7 @@ async fn answers_do_not_depend_on_the_steps_in_flight() {
 #[tokio::test]
 async fn streams_go_on_when_a_lost_worker_comes_back() {
     for (lost, steps_in_flight) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
-        let cluster = Cluster::start(2).await;
+        let cluster = Cluster::start(2, |_| {}).await;
         let (sender, mut plans) = mpsc::unbounded_channel();
         let holding = |port| Fake {
             hold_from: Some(12),
@@ -276,7 +217,7 @@ async fn streams_go_on_when_a_lost_worker_comes_back() {
 
 /// A cluster of two ranks that may also be one.
 async fn narrowing(change: impl FnOnce(&mut CoordinatorConfig)) -> Cluster {
-    Cluster::start_with(2, |config| {
+    Cluster::start(2, |config| {
         let shape = Shape::Fixed { stages: 1, ranks: 2, min_ranks: 1 };
         config.policy = Policy { shape, ..config.policy };
         config.heartbeat_interval = Duration::from_millis(50);
@@ -350,7 +291,7 @@ async fn a_rank_that_is_lost_to_another_is_replaced_and_not_the_one_that_says_so
 
 #[tokio::test]
 async fn status_tells_who_does_what() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, |_| {}).await;
     let nobody = status(&cluster).await;
     assert_eq!((nobody.serving, nobody.state.as_str()), (false, "waiting for workers: 0 of 2 joined"));
     assert_eq!((nobody.groups, nobody.spares), (vec![], vec![]));
@@ -382,8 +323,7 @@ async fn status_tells_who_does_what() {
 
 #[tokio::test]
 async fn a_silent_worker_is_lost() {
-    let cluster =
-        Cluster::start_with(1, |config| config.heartbeat_timeout = Duration::from_millis(300)).await;
+    let cluster = Cluster::start(1, |config| config.heartbeat_timeout = Duration::from_millis(300)).await;
     let end = Fake { heartbeats: false, ..cluster.fake(1) }.start(cluster.address).end().await;
     assert_eq!(end.code(), Code::Aborted);
     assert_eq!(end.message(), "no heartbeat for 300ms");
@@ -391,7 +331,7 @@ async fn a_silent_worker_is_lost() {
 
 #[tokio::test]
 async fn outputs_of_another_epoch_are_dropped() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let _worker = Fake { stale_outputs: true, ..cluster.fake(1) }.start(cluster.address);
     cluster.serving().await;
     let mut submission = cluster.submit(PROMPT, 20).await;
@@ -400,8 +340,8 @@ async fn outputs_of_another_epoch_are_dropped() {
 
 #[tokio::test]
 async fn a_worker_that_sends_nonsense_is_replaced() {
-    let cluster = Cluster::start(1).await;
-    let distorted = Fake { distort: fake::VOCABULARY, ..cluster.fake(1) }.start(cluster.address);
+    let cluster = Cluster::start(1, |_| {}).await;
+    let distorted = Fake { distort: VOCABULARY, ..cluster.fake(1) }.start(cluster.address);
     cluster.serving().await;
     let mut submission = cluster.submit(PROMPT, 20).await;
     let end = distorted.end().await;
@@ -413,7 +353,7 @@ async fn a_worker_that_sends_nonsense_is_replaced() {
 
 #[tokio::test]
 async fn a_failed_load_is_reported_and_not_tried_again_unasked() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, |_| {}).await;
     let failing = Fake { load_failure: Some("no memory".into()), ..cluster.fake(1) };
     let end = failing.start(cluster.address).end().await;
     assert_eq!((end.code(), end.message()), (Code::Aborted, "no memory"));
@@ -425,7 +365,7 @@ async fn a_failed_load_is_reported_and_not_tried_again_unasked() {
 
 #[tokio::test]
 async fn more_requests_than_may_wait_are_turned_away() {
-    let cluster = Cluster::start_with(1, |config| {
+    let cluster = Cluster::start(1, |config| {
         config.max_sequences = Some(1);
         config.max_waiting = 1;
     })

@@ -1,7 +1,4 @@
 //! Small tokenizers for the tests, and where the bundled one is.
-#![allow(dead_code, reason = "each test binary uses a part")]
-
-pub(crate) mod fake;
 
 use std::path::PathBuf;
 

@@ -1,14 +1,12 @@
 //! Tokenizer, streaming and conversations, against the library's own encoding and decoding.
-#![allow(clippy::unwrap_used, reason = "a test that can not go on fails")]
-
-mod common;
 
 use std::sync::LazyLock;
 
-use common::{byte_fallback, byte_level, load, nano, nano_folder};
 use gateway::{Detokenizer, Message, PromptError, Tokenizer, TokenizerError};
 use proptest::prelude::*;
 use serde_json::{Value, json};
+
+use crate::samples::{byte_fallback, byte_level, load, nano, nano_folder};
 
 type Pair = (Tokenizer, tokenizers::Tokenizer);
 

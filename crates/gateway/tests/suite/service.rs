@@ -1,14 +1,9 @@
 //! The public service over a socket, in front of an engine that the test drives by hand.
-#![allow(clippy::unwrap_used, reason = "a test that can not go on fails")]
-
-mod common;
 
 use cluster::proto;
 use cluster::proto::generate_request::Prompt;
 use cluster::proto::monitor_client::MonitorClient;
 use cluster::proto::{FinishReason as Reason, GenerateRequest};
-use common::fake::{CACHED, Gateway, Responses, finished, model, token};
-use common::nano;
 use coordinator::EngineError;
 use coordinator::EngineEvent;
 use engine::FinishReason;
@@ -17,6 +12,9 @@ use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
+
+use crate::fake::{CACHED, Gateway, Responses, finished, model, token};
+use crate::samples::nano;
 
 fn text(prompt: &str) -> GenerateRequest {
     GenerateRequest { prompt: Some(Prompt::Text(prompt.into())), ..Default::default() }

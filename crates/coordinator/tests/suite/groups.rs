@@ -1,49 +1,24 @@
 //! Several groups: requests go where they are served best, and go on elsewhere when their group is lost.
 
-mod fake;
-
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use auth::Secret;
 use cluster::{Order, Policy, Shape};
-use coordinator::{
-    Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, EngineEvent, State, Submission,
-};
-use engine::{Request, SamplingParams};
-use fake::{Fake, Running, continuation, report};
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use coordinator::{Engine, EngineEvent, State, Submission};
 
-struct Cluster {
-    handle: CoordinatorHandle,
-    address: SocketAddr,
-    secret: Secret,
-}
+use crate::fake::{Fake, Running, continuation, report};
+use crate::harness::Cluster;
 
 impl Cluster {
     /// Groups of one stage, of `ranks` ranks or fewer.
-    async fn start(replicas: usize, ranks: usize) -> Self {
-        let secret = Secret::random();
+    async fn of_groups(replicas: usize, ranks: usize) -> Self {
         let shape = Shape::Fixed { stages: 1, ranks, min_ranks: 1 };
-        let config = CoordinatorConfig {
-            policy: Policy { shape, replicas, context: None },
-            heartbeat_interval: Duration::from_millis(50),
-            gather: Duration::from_millis(200),
-            ..CoordinatorConfig::new(ranks, secret.clone())
-        };
-        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("an address");
-        let server = Server::builder().add_service(service.into_server());
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { handle, address, secret }
-    }
-
-    fn fake(&self, port: u16) -> Fake {
-        Fake::new(&self.secret, &format!("127.0.0.1:{port}"))
+        Self::start(ranks, |config| {
+            config.policy = Policy { shape, replicas, context: None };
+            config.heartbeat_interval = Duration::from_millis(50);
+            config.gather = Duration::from_millis(200);
+        })
+        .await
     }
 
     fn worker(&self, port: u16) -> Running {
@@ -51,16 +26,11 @@ impl Cluster {
     }
 
     /// Waits for so many groups that serve, with so many ranks in all.
-    async fn serving(&self, groups: u32, ranks: u32) {
-        let wanted = |state: &State| matches!(state, State::Serving(model) if (model.groups, model.ranks) == (groups, ranks));
-        self.handle.state().wait_for(wanted).await.expect("the coordinator runs");
-    }
-
-    async fn submit(&self, prompt: &[u32], max_tokens: u32) -> Submission {
-        let prompt = prompt.to_vec();
-        let sampling = SamplingParams::GREEDY;
-        let request = Request { prompt, max_tokens, sampling, stop_ids: vec![], resume: None };
-        self.handle.submit(request).await.expect("it is served")
+    async fn serving_by(&self, groups: u32, ranks: u32) {
+        self.until(
+            |state| matches!(state, State::Serving(model) if (model.groups, model.ranks) == (groups, ranks)),
+        )
+        .await;
     }
 
     async fn order(&self, order: Order) -> Result<String, client::Error> {
@@ -89,18 +59,18 @@ async fn tokens(submission: &mut Submission) -> (Vec<u32>, Vec<String>) {
 
 #[tokio::test]
 async fn requests_of_a_lost_group_go_on_in_another() {
-    let cluster = Cluster::start(2, 1).await;
+    let cluster = Cluster::of_groups(2, 1).await;
     let stuck = |port| Fake { hold_from: Some(3), ..cluster.fake(port) };
     let first = stuck(1).start(cluster.address);
     let second = Fake { holds_always: true, ..stuck(2) }.start(cluster.address);
-    cluster.serving(2, 2).await;
+    cluster.serving_by(2, 2).await;
     let mut submissions = Vec::new();
     for id in 0..8 {
         submissions.push((id, cluster.submit(&[id, 7], 20).await));
     }
     // Both hold their answers back, so all of them are still there.
     drop(first);
-    cluster.serving(1, 1).await;
+    cluster.serving_by(1, 1).await;
     let status = cluster.handle.status().await.unwrap();
     assert_eq!(status.running + status.waiting, 8);
     assert_eq!(status.incidents[0].moved_requests, 4, "{status:?}");
@@ -116,9 +86,9 @@ async fn requests_of_a_lost_group_go_on_in_another() {
 
 #[tokio::test]
 async fn a_prompt_goes_where_its_beginning_is_cached_unless_there_is_much_to_do() {
-    let cluster = Cluster::start(2, 1).await;
+    let cluster = Cluster::of_groups(2, 1).await;
     let _workers = [cluster.worker(1), cluster.worker(2)];
-    cluster.serving(2, 2).await;
+    cluster.serving_by(2, 2).await;
     let prompt: Vec<u32> = (0..300).collect();
     let cached = async |id: u32| {
         let mut submission = cluster.submit(&[&prompt[..], &[id]].concat(), 2).await;
@@ -136,15 +106,15 @@ async fn a_prompt_goes_where_its_beginning_is_cached_unless_there_is_much_to_do(
 
 #[tokio::test]
 async fn another_fingerprint_has_groups_of_its_own_and_answers_tell() {
-    let cluster = Cluster::start(2, 1).await;
+    let cluster = Cluster::of_groups(2, 1).await;
     let old = Fake { hold_from: Some(3), ..cluster.fake(1) }.start(cluster.address);
-    cluster.serving(1, 1).await;
+    cluster.serving_by(1, 1).await;
     let mut submission = cluster.submit(&[5, 6], 10).await;
     assert_eq!(submission.fingerprint, report().fingerprint);
     let mut upgraded = cluster.fake(2);
     upgraded.report.fingerprint = "fake-v2".into();
     let _new = upgraded.start(cluster.address);
-    cluster.serving(2, 2).await;
+    cluster.serving_by(2, 2).await;
     drop(old);
     let (tokens, moved) = tokens(&mut submission).await;
     assert_eq!((tokens, moved), (continuation(&[5, 6], 10), vec!["fake-v2".to_owned()]));
@@ -152,9 +122,9 @@ async fn another_fingerprint_has_groups_of_its_own_and_answers_tell() {
 
 #[tokio::test]
 async fn operators_drain_and_scale() {
-    let cluster = Cluster::start(1, 2).await;
+    let cluster = Cluster::of_groups(1, 2).await;
     let _workers = [cluster.worker(1), cluster.worker(2), cluster.worker(3), cluster.worker(4)];
-    cluster.serving(1, 2).await;
+    cluster.serving_by(1, 2).await;
     let drain = |port: u16| Order::Drain { address: format!("127.0.0.1:{port}") };
     let status = cluster.handle.status().await.unwrap();
     let member = status.groups[0].ranks[0].worker.clone().unwrap().address;
@@ -171,9 +141,9 @@ async fn operators_drain_and_scale() {
         done.starts_with("asked for: up to 3 groups of 1 stages of 1 ranks; group 0 has 1 ranks"),
         "{done}"
     );
-    cluster.serving(3, 3).await;
+    cluster.serving_by(3, 3).await;
     cluster.order(Order::Scale { shape: fixed(4), replicas: Some(1) }).await.unwrap();
-    cluster.serving(1, 4).await;
+    cluster.serving_by(1, 4).await;
     assert_eq!(cluster.widths().await, [(0, 4)]);
 
     for (order, reason) in [

@@ -1,5 +1,4 @@
 //! A worker that speaks the protocol and, instead of a model, hashes what its KV blocks hold.
-#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -1,15 +1,13 @@
 //! Streams that broke off and go on: the same tokens, text and end as if they had not, wherever they were cut.
-#![allow(clippy::unwrap_used, reason = "a test that can not go on fails")]
-
-mod common;
 
 use cluster::proto::generate_request::Prompt;
 use cluster::proto::{self, FinishReason as Reason, Finished, GenerateRequest, Resume, SamplingOptions};
-use common::fake::{CACHED, Gateway, Responses, finished, model, token};
-use common::nano;
 use coordinator::ModelInfo;
 use engine::FinishReason;
 use tonic::Code;
+
+use crate::fake::{CACHED, Gateway, Responses, finished, model, token};
+use crate::samples::nano;
 
 const PROMPT: [u32; 2] = [300, 301];
 const FINGERPRINT: &str = "nano/bf16";

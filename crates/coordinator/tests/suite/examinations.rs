@@ -1,54 +1,35 @@
 //! Examinations by a coordinator with fake workers over real gRPC: who is asked for what, and who is named.
 
-mod fake;
-
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use auth::Secret;
 use client::DoctorReport;
 use cluster::ModelReport;
 use cluster::doctor::{Bandwidth, Examine, Facts, Findings, Link};
-use coordinator::{Coordinator, CoordinatorConfig, CoordinatorHandle, Engine, State};
-use fake::{Fake, Running};
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use coordinator::{Engine, State};
+
+use crate::fake::{Fake, Running, report};
+use crate::harness::Cluster;
 
 const GB: u64 = 1_000_000_000;
 
-struct Cluster {
-    handle: CoordinatorHandle,
-    address: SocketAddr,
-    secret: Secret,
-}
-
 impl Cluster {
-    async fn start(ranks: usize) -> Self {
-        let secret = Secret::random();
-        // Nobody is lost because the machine is busy.
-        let heartbeat_timeout = Duration::from_secs(60);
-        let config = CoordinatorConfig { heartbeat_timeout, ..CoordinatorConfig::new(ranks, secret.clone()) };
-        let (handle, service) = Coordinator::start(config, 1, CancellationToken::new());
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("an address");
-        let server = Server::builder().add_service(service.into_server());
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { handle, address, secret }
+    /// Where nobody is lost because the machine is busy.
+    async fn patient(ranks: usize) -> Self {
+        Self::start(ranks, |config| config.heartbeat_timeout = Duration::from_secs(60)).await
     }
 
     /// A worker on a machine of its own, whose links are well.
-    fn fake(&self, port: u16) -> Fake {
+    fn healthy(&self, port: u16) -> Fake {
         let boot = format!("boot {port}");
         // More than there are workers: most of these clusters wait for a group that never forms.
-        let report = ModelReport { units: 16, ..fake::report() };
+        let report = ModelReport { units: 16, ..report() };
         Fake {
             report,
             facts: Facts { program: "1.0".into(), boot, ..Facts::default() },
             probe_address: format!("127.0.0.1:{}", port + 1000),
             finds: Some(|examine| findings(examine, |_| {})),
-            ..Fake::new(&self.secret, &address(port))
+            ..self.fake(port)
         }
     }
 
@@ -94,8 +75,8 @@ fn findings(examine: Examine, change: impl Fn((&str, &mut Link))) -> Findings {
 
 #[tokio::test]
 async fn a_healthy_cluster_has_no_complaints() {
-    let cluster = Cluster::start(9).await;
-    let _workers = cluster.join((1..6).map(|port| cluster.fake(port)).collect()).await;
+    let cluster = Cluster::patient(9).await;
+    let _workers = cluster.join((1..6).map(|port| cluster.healthy(port)).collect()).await;
     let report = cluster.examine(false).await;
     assert_eq!(report.complaints, []);
     assert_eq!(report.remarks, Vec::<String>::new());
@@ -107,8 +88,8 @@ async fn a_healthy_cluster_has_no_complaints() {
 
 #[tokio::test]
 async fn the_culprit_is_named() {
-    let cluster = Cluster::start(9).await;
-    let mut fakes: Vec<_> = (1..5).map(|port| cluster.fake(port)).collect();
+    let cluster = Cluster::patient(9).await;
+    let mut fakes: Vec<_> = (1..5).map(|port| cluster.healthy(port)).collect();
     // All measure that those from and to the second are slow.
     fakes.iter_mut().for_each(|fake| {
         fake.finds = Some(|examine| {
@@ -138,8 +119,8 @@ async fn the_culprit_is_named() {
 
 #[tokio::test]
 async fn who_cannot_be_reached_is_named_though_it_reaches_others() {
-    let cluster = Cluster::start(9).await;
-    let mut fakes: Vec<_> = (1..5).map(|port| cluster.fake(port)).collect();
+    let cluster = Cluster::patient(9).await;
+    let mut fakes: Vec<_> = (1..5).map(|port| cluster.healthy(port)).collect();
     fakes.iter_mut().for_each(|fake| {
         fake.finds = Some(|examine| {
             let peers = examine.peers.clone();
@@ -163,13 +144,13 @@ async fn who_cannot_be_reached_is_named_though_it_reaches_others() {
 
 #[tokio::test]
 async fn who_does_not_answer_is_named_and_holds_up_nobody() {
-    let cluster = Cluster::start(9).await;
-    let silent = Fake { finds: None, ..cluster.fake(1) };
+    let cluster = Cluster::patient(9).await;
+    let silent = Fake { finds: None, ..cluster.healthy(1) };
     // What is answered to no question, or to an earlier one, is not listened to.
     let confused: fn(Examine) -> Findings =
         |examine| findings(Examine { number: examine.number + 7, ..examine }, |_| {});
-    let confused = Fake { finds: Some(confused), ..cluster.fake(2) };
-    let _workers = cluster.join(vec![silent, confused, cluster.fake(3), cluster.fake(4)]).await;
+    let confused = Fake { finds: Some(confused), ..cluster.healthy(2) };
+    let _workers = cluster.join(vec![silent, confused, cluster.healthy(3), cluster.healthy(4)]).await;
     let report = tokio::time::timeout(Duration::from_secs(60), cluster.examine(false)).await.expect("an end");
     let [complaint] = &report.complaints[..] else { panic!("{report:?}") };
     let mut named = complaint.workers.clone();
@@ -180,8 +161,8 @@ async fn who_does_not_answer_is_named_and_holds_up_nobody() {
 
 #[tokio::test]
 async fn a_group_is_looked_over_when_it_is_formed_and_not_disturbed() {
-    let cluster = Cluster::start(3).await;
-    let mut fakes: Vec<_> = (1..4).map(|port| cluster.fake(port)).collect();
+    let cluster = Cluster::patient(3).await;
+    let mut fakes: Vec<_> = (1..4).map(|port| cluster.healthy(port)).collect();
     fakes[0].facts.program = "0.9".into();
     let _workers = cluster.join(fakes).await;
     let serving = |state: &State| matches!(state, State::Serving(_));
@@ -202,19 +183,18 @@ async fn a_group_is_looked_over_when_it_is_formed_and_not_disturbed() {
 
 #[tokio::test]
 async fn strangers_examine_nobody() {
-    let cluster = Cluster::start(3).await;
+    let cluster = Cluster::patient(3).await;
     let error = client::examine(&cluster.address.to_string(), &Secret::random(), false).await;
     assert!(matches!(error, Err(client::Error::Secret(_))), "{error:?}");
 }
 
 #[tokio::test]
 async fn there_may_be_nobody_to_examine() {
-    let cluster = Cluster::start(3).await;
+    let cluster = Cluster::patient(3).await;
     assert_eq!(cluster.examine(true).await, DoctorReport::default());
     // Of workers that tell nothing, nothing is said.
-    let _workers = cluster.join(vec![Fake::new(&cluster.secret, &address(1))]).await;
-    let alone =
-        Fake { finds: Some(|examine| findings(examine, |_| {})), ..Fake::new(&cluster.secret, &address(2)) };
+    let _workers = cluster.join(vec![cluster.fake(1)]).await;
+    let alone = Fake { finds: Some(|examine| findings(examine, |_| {})), ..cluster.fake(2) };
     drop(_workers);
     let _workers = cluster.join(vec![alone]).await;
     let report = cluster.examine(true).await;

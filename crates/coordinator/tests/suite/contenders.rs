@@ -1,7 +1,5 @@
 //! Several coordinators over one registry, with fake workers: one leads, the others stand by, and terms fence.
 
-mod fake;
-
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,8 +9,7 @@ use cluster::registry::election::{Addresses, Candidate, Election};
 use cluster::registry::orders::OrderBook;
 use cluster::registry::{ClusterName, MemoryRegistry, Registry, Transaction};
 use coordinator::{Contender, CoordinatorConfig, Engine, EngineError, EngineEvent, State, Submission};
-use engine::{Request, SamplingParams, StepPlan};
-use fake::{Fake, continuation};
+use engine::{Request, StepPlan};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -20,6 +17,9 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::transport::Server;
+
+use crate::fake::{Fake, continuation};
+use crate::harness;
 
 const PROMPT: &[u32] = &[11, 22, 33];
 const TTL: Duration = Duration::from_secs(5);
@@ -60,13 +60,7 @@ impl Running {
 }
 
 fn request(max_tokens: u32) -> Request {
-    Request {
-        prompt: PROMPT.to_vec(),
-        max_tokens,
-        sampling: SamplingParams::GREEDY,
-        stop_ids: vec![],
-        resume: None,
-    }
+    harness::request(PROMPT, max_tokens)
 }
 
 async fn next(submission: &mut Submission) -> EngineEvent {

@@ -1,0 +1,4 @@
+//! The client against servers that the tests play.
+
+mod resume;
+mod service;
